@@ -1,0 +1,34 @@
+# make reproduce            set up, then draw every figure of tier quick from nothing (2 cores, no download)
+# make reproduce TIER=small DATA=folder     the same on real images; DATA holds cifar10/train-*.tar.gz
+# make figures TIER=small   redraw from the shipped checkpoints, no training
+# make test                 every notebook and every test
+# make lab                  JupyterLab on nbs/
+# make dry                  what `make reproduce` would run, and why
+SHELL  := /bin/sh
+TIER   ?= quick
+DATA   ?= data
+CORES  ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
+            $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+RUN     = exec .venv/bin/python -m jepa_nb.cli reproduce --tier $(TIER) --cores $(CORES) --data '$(DATA)'
+
+.PHONY: help setup reproduce figures ship dry test lab
+.DEFAULT_GOAL := help
+help:
+	@sed -n 's/^# //p' Makefile
+setup:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; say: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@exec $(PYTHON) workflow/setup.py
+# exec: make is the parent of the launcher, which ends when make does, and everything below ends with it
+reproduce: setup
+	@$(RUN)
+figures: setup
+	@$(RUN) --shipped
+ship: setup
+	@$(RUN) --until ship
+dry: setup
+	@$(RUN) --dry
+test: setup
+	@exec .venv/bin/python -m pytest
+lab: setup
+	@exec .venv/bin/jupyter lab nbs

@@ -1,0 +1,60 @@
+"""Two processes that share the rows of a batch make the updates of one that has them all.
+What is repeated and dropped is drawn per process, so equality is tested where nothing is: repeats=1, keep_context=keep_target=1."""
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from jepa_nb.config import make_config, save_config
+from jepa_nb.train import RunError, open_run, place_of, read_log, train
+
+ROOT = Path(__file__).parents[1]
+TINY = dict(
+    data=dict(images=64, side=32), scale=dict(min_side=4, max_side=8), pack=dict(rows=4, context=64, target=96, pool=8),
+    encoder=dict(patch=4, dim=32, depth=2, heads=2, norm_out='dyntanh'), predictor=dict(dim=16, depth=1, heads=2),
+    objective=dict(repeats=1, keep_context=1, keep_target=1),
+    optim=dict(warmup=5), teacher=dict(warmup=5, ramp=20, start=.5),
+    run=dict(steps=4, save_every=2, log_every=2, threads=1, device='cpu'))
+
+def together(cfg, run, world=2):
+    "Train in `world` processes, as torchrun starts them."
+    save_config(cfg, run.parent/'recipe.yaml')
+    code = f"from jepa_nb.config import load_config; from jepa_nb.train import train; train(load_config({str(run.parent/'recipe.yaml')!r}), {str(run)!r}, progress=False)"
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(world))
+    ps = [subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, env=dict(env, RANK=str(r), LOCAL_RANK=str(r)), text=True, stderr=subprocess.PIPE) for r in range(world)]
+    errors = [p.communicate(timeout=120)[1] for p in ps]
+    assert [p.returncode for p in ps] == [0]*world, errors
+
+@pytest.mark.parametrize('words', [(), ('run.accumulate=2',)], ids=['plain', 'accumulate'])
+def test_two_are_one(tmp_path, words):
+    cfg = make_config(TINY, words)
+    train(cfg, tmp_path/'one', progress=False)
+    together(cfg, tmp_path/'two')
+    one, two = (open_run(tmp_path/n)[0].state_dict() for n in ('one', 'two'))
+    start = open_run(train(make_config(TINY, [*words, 'run.steps=1']), tmp_path/'start', progress=False))[0].state_dict()
+    moved = max((one[k]-start[k]).abs().max() for k in one)
+    assert moved > 1e-4
+    for k in one: torch.testing.assert_close(two[k], one[k], atol=1e-5, rtol=1e-4, msg=lambda m: f'{k}: {m}')
+    a, b = read_log(tmp_path/'one'), read_log(tmp_path/'two')
+    assert a['step'] == b['step'] and a['images'] == b['images'] and a['skipped'] == b['skipped']
+    for k in ('loss', 'used', 'grad_norm'): assert b[k] == pytest.approx(a[k], rel=1e-4)
+
+def test_two_go_on(tmp_path):
+    "Resuming works for two as for one, bit for bit; here with repeats, dropping and experts."
+    words = ('objective.repeats=2', 'objective.keep_context=.5', 'objective.keep_target=.5', 'encoder.mlp=diffmoe', 'encoder.experts=4')
+    together(make_config(TINY, words), tmp_path/'whole')
+    together(make_config(TINY, [*words, 'run.steps=2']), tmp_path/'parts')
+    together(make_config(TINY, words), tmp_path/'parts')
+    done = [json.loads((tmp_path/n/'done.json').read_text()) for n in ('whole', 'parts')]
+    assert done[0]['sha256'] == done[1]['sha256'] and done[0]['images'] == done[1]['images']
+
+def test_rows_that_cannot_be_shared(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '3')
+    with pytest.raises(RunError, match='pack.rows 4 cannot be shared by 3 processes; a multiple of 3 can'):
+        with place_of(make_config(TINY)): pass

@@ -1,0 +1,171 @@
+"A run that is stopped, killed or damaged goes on as if nothing had happened, or says why not."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from jepa_nb.config import ConfigError, make_config, save_config
+from jepa_nb.train import RunError, checkpoints, open_run, read_log, sha256, train
+
+ROOT = Path(__file__).parents[1]
+TINY = dict(
+    data=dict(images=64, side=32), scale=dict(min_side=4, max_side=8), pack=dict(rows=2, context=64, target=96, pool=8),
+    encoder=dict(patch=4, dim=32, depth=2, heads=2, norm_out='dyntanh'), predictor=dict(dim=16, depth=1, heads=2),
+    optim=dict(warmup=5), teacher=dict(warmup=5, ramp=20),
+    run=dict(steps=4, save_every=2, log_every=2, threads=1, device='cpu', keep=9))
+
+def tiny(*words): return make_config(TINY, words)
+
+def results(run, step):
+    "Checksums of a checkpoint, and the log without clocks."
+    folder = Path(run)/'checkpoints'/f'step_{step:08d}'
+    log = {k:v for k, v in read_log(run).items() if k not in ('seconds', 'images_per_second')}
+    return sha256(folder/'model.safetensors'), sha256(folder/'optim.safetensors'), log
+
+def start(cfg, run, **env):
+    "The same run in a process of its own."
+    run.parent.mkdir(exist_ok=True, parents=True)
+    recipe = run.parent/f'{run.name}.yaml'
+    save_config(cfg, recipe)
+    code = f"from jepa_nb.config import load_config; from jepa_nb.train import train; train(load_config({str(recipe)!r}), {str(run)!r})"
+    return subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', **env))
+
+def wait_for(path, seconds=60):
+    "Until a file is there."
+    end = time.time()+seconds
+    while not any(path.parent.glob(path.name)):
+        assert time.time() < end, f'{path} did not appear'
+        time.sleep(.02)
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "The undisturbed run of four steps."
+    return train(tiny(), tmp_path_factory.mktemp('whole')/'run', progress=False)
+
+@pytest.mark.parametrize('words', [(), ('run.accumulate=2',), ('encoder.mlp=diffmoe', 'encoder.experts=4', 'data.replace=false')], ids=['plain', 'accumulate', 'experts'])
+def test_two_and_two_is_four(tmp_path, words):
+    # logged every 3: sums between two lines must survive the stop, too
+    train(tiny('run.log_every=3', *words), tmp_path/'a', progress=False)
+    train(tiny('run.log_every=3', 'run.steps=2', *words), tmp_path/'b', progress=False)
+    train(tiny('run.log_every=3', *words), tmp_path/'b', progress=False)
+    a, b = results(tmp_path/'a', 4), results(tmp_path/'b', 4)
+    assert a[:2] == b[:2]
+    last = lambda log: {k:v[-1] for k, v in log.items()}
+    assert {k:v for k, v in last(a[2]).items() if k not in ('loss', 'moe_loss', 'kept_context', 'kept_target', 'used')} == \
+           {k:v for k, v in last(b[2]).items() if k not in ('loss', 'moe_loss', 'kept_context', 'kept_target', 'used')}
+
+def test_killed_run_equals_undisturbed(tmp_path):
+    cfg = tiny('run.steps=40', 'run.log_every=3', 'run.save_every=4')
+    train(cfg, tmp_path/'a', progress=False)
+    p = start(cfg, tmp_path/'b')
+    wait_for(tmp_path/'b/checkpoints/step_*')
+    p.send_signal(signal.SIGKILL); p.communicate()
+    assert not (tmp_path/'b/done.json').exists()
+    train(cfg, tmp_path/'b', progress=False)
+    assert results(tmp_path/'a', 40) == results(tmp_path/'b', 40)
+    assert not list((tmp_path/'b').rglob('.tmp*'))
+
+def test_asked_to_stop(tmp_path):
+    cfg = tiny('run.steps=5000', 'run.save_every=5000')
+    for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        p = start(cfg, tmp_path/'run')
+        before = len(checkpoints(tmp_path/'run'))
+        seen = len((tmp_path/'run/log.jsonl').read_text()) if before else 0
+        end = time.time()+60
+        while not (tmp_path/'run/log.jsonl').is_file() or len((tmp_path/'run/log.jsonl').read_text()) <= seen:
+            assert p.poll() is None and time.time() < end
+            time.sleep(.05)
+        p.send_signal(signum)
+        out, err = p.communicate(timeout=60)
+        assert p.returncode == code, err
+        assert f'stopped by {signum.name}' in err and 'Traceback' not in err
+        assert len(checkpoints(tmp_path/'run')) == before+1
+
+def test_finished_run_returns_at_once(whole):
+    before = (whole/'done.json').stat().st_mtime_ns
+    begun = time.perf_counter(); train(tiny(), whole, progress=False)
+    assert time.perf_counter()-begun < 1 and (whole/'done.json').stat().st_mtime_ns == before
+
+def damage(path, how):
+    b = bytearray(path.read_bytes())
+    if how == 'flip': b[len(b)//2] ^= 4; path.write_bytes(b)
+    elif how == 'cut': path.write_bytes(b[:len(b)//2])
+    else: path.unlink()
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'optim.safetensors', 'config.yaml', 'state.json'])
+@pytest.mark.parametrize('how', ['flip', 'cut', 'gone'])
+def test_damaged_newest(tmp_path, capsys, whole, name, how):
+    import shutil
+    run = tmp_path/'run'; shutil.copytree(whole, run)
+    (run/'done.json').unlink()
+    damage(run/'checkpoints/step_00000004'/name, how)
+    if (name, how) in (('model.safetensors', 'flip'), ('state.json', 'gone')): # the whole way; the rest only opens
+        train(tiny(), run, progress=False)
+        assert results(run, 4) == results(whole, 4)
+    else: open_run(run)
+    err = capsys.readouterr().err
+    assert 'WARNING' in err and 'step_00000004' in err and name in err
+
+def test_all_damaged(tmp_path, capsys):
+    run = train(tiny('run.steps=1'), tmp_path/'run', progress=False)
+    damage(run/'checkpoints/step_00000001/model.safetensors', 'cut')
+    with pytest.raises(RunError, match='none of its 1 checkpoints is whole'): train(tiny('run.steps=2'), run, progress=False)
+
+def test_other_settings(whole, tmp_path):
+    with pytest.raises(RunError, match=r'optim.lr=0.0005, not 0.002'): train(tiny('optim.lr=0.002'), whole, progress=False)
+    with pytest.raises(RunError, match='steps=5|run.steps'): train(tiny('optim.schedule=cosine', 'run.steps=5'),
+        train(tiny('optim.schedule=cosine', 'run.steps=1'), tmp_path/'cosine', progress=False), progress=False)
+
+def test_not_finite(tmp_path):
+    cfg = tiny('optim.lr=1e30', 'optim.lr_start=1e30', 'run.steps=50', 'run.save_every=1')
+    with pytest.raises(RunError, match=r'not finite in update \d+, which was not made'): train(cfg, tmp_path/'run', progress=False)
+    jepa, _ = open_run(tmp_path/'run')
+    assert all(p.isfinite().all() for p in jepa.parameters())
+
+def test_second_writer_waits(tmp_path):
+    cfg = tiny('run.steps=60', 'run.save_every=60')
+    a = start(cfg, tmp_path/'run'); wait_for(tmp_path/'run/.lock')
+    while not (tmp_path/'run/.lock').read_text(): time.sleep(.02)
+    b = start(cfg, tmp_path/'run')
+    (_, err_a), (_, err_b) = a.communicate(timeout=60), b.communicate(timeout=60)
+    assert (a.returncode, b.returncode) == (0, 0), err_a+err_b
+    assert f'waiting for process {a.pid}, which writes to' in err_b
+    steps = read_log(tmp_path/'run')['step']
+    assert steps == sorted(set(steps))
+
+def test_dies_with_its_graph(tmp_path):
+    cfg = tiny('run.steps=5000')
+    save_config(cfg, tmp_path/'r.yaml')
+    job = f"from jepa_nb.config import load_config; from jepa_nb.train import train; train(load_config({str(tmp_path/'r.yaml')!r}), {str(tmp_path/'run')!r})"
+    graph = subprocess.Popen([sys.executable, '-c', f"import subprocess, sys; subprocess.run([sys.executable, '-c', {job!r}])"],
+                             cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT), JEPA_NB_GRAPH='1', OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL)
+    wait_for(tmp_path/'run/.lock')
+    while not (pid := (tmp_path/'run/.lock').read_text().strip()): time.sleep(.02)
+    graph.kill(); graph.wait()
+    end = time.time()+10
+    while Path(f'/proc/{pid}').exists() and Path(f'/proc/{pid}/stat').read_text().split()[2] != 'Z':
+        assert time.time() < end, 'an orphan lives on'
+        time.sleep(.05)
+
+def test_log_can_be_cut(whole, tmp_path):
+    import shutil
+    run = tmp_path/'run'; shutil.copytree(whole, run); (run/'done.json').unlink()
+    with open(run/'log.jsonl', 'a') as f: f.write('{"step": 9, "loss": 1}\n{"st')  # as a kill leaves it
+    train(tiny(), run, progress=False)
+    assert results(run, 4) == results(whole, 4)
+    assert json.loads((run/'done.json').read_text())['step'] == 4
+    assert asdict(open_run(run)[1]) == asdict(tiny())
+
+def test_foreign_config(tmp_path, whole):
+    import shutil
+    run = tmp_path/'run'; shutil.copytree(whole, run)
+    (run/'config.yaml').write_text('nothing: here\n'); (run/'done.json').unlink()
+    open_run(run)  # a checkpoint has its own
+    with pytest.raises((RunError, ConfigError)): open_run(tmp_path/'none')
