@@ -10,7 +10,7 @@ DATA   ?= data
 CORES  ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
             $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
-RUN     = exec .venv/bin/python -m jepa_nb.cli reproduce --tier $(TIER) --cores $(CORES) --data '$(DATA)'
+RUN     = JEPA_NB_PARENT=$$PPID exec .venv/bin/python -m jepa_nb.cli reproduce --tier $(TIER) --cores $(CORES) --data '$(DATA)'
 
 .PHONY: help setup reproduce figures ship dry test lab
 .DEFAULT_GOAL := help
@@ -19,7 +19,7 @@ help:
 setup:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; say: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@exec $(PYTHON) workflow/setup.py
-# exec: make is the parent of the launcher, which ends when make does, and everything below ends with it
+# PPID and exec: make is the launcher's parent and the launcher knows it, so that it ends when make is killed, and everything below with it
 reproduce: setup
 	@$(RUN)
 figures: setup

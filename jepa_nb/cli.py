@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JOBS', 'TIER_KEYS', 'REFUSALS', 'CliError', 'is_ours', 'known', 'die_with_parent', 'join_graph', 'figure_parameters',
            'in_clone', 'figure_notebook', 'words_of', 'read_tier', 'Verbs', 'cli', 'seed_folder', 'train', 'move_aside',
-           'source_of', 'eval_', 'figure', 'run_notebook', 'data', 'shards', 'cifar10', 'scenes', 'ship', 'only_start',
+           'eval_', 'figure', 'run_notebook', 'data', 'shards', 'cifar10', 'scenes', 'ship', 'only_start',
            'wait_for_orphans', 'spent', 'reproduce', 'graph_environment', 'run_child', 'main']
 
 # %% ../nbs/51_cli.ipynb #a30213ce
@@ -166,24 +166,12 @@ def move_aside(
         run.rename(run.with_name(f'{run.name}.old-{n}'))
     click.echo(f'{run}: was begun with other settings; kept as {run.name}.old-{n}', err=True)
 
-# %% ../nbs/51_cli.ipynb #dcf63263
-def source_of(
-    word:str,  # shards by a pattern (folder/test-*.tar), an image folder, or `scenes`
-    split:str, # train or test; scenes, and a folder of shards, have both
-    **kw,      # more for `open_source`
-):
-    "The images that a word on the command line means."
-    from jepa_nb.data import open_source
-    path = Path(os.path.expandvars(word))
-    if word == 'scenes': return open_source('scenes', split=split, **kw)
-    shards = not path.is_dir() or any(path.glob(f'{split}-*.tar*'))
-    return open_source('shards' if shards else 'folder', word, split=split, **kw)
-
+# %% ../nbs/51_cli.ipynb #6e12103c
 @cli.command('eval')
 @click.argument('run')
 @click.argument('words', nargs=-1, metavar='[NAME=VALUE]...')
-@click.option('--train', 'train_data', default='scenes', show_default=True, metavar='DATA', help="Labelled images for the probe: 'folder/train-*.tar', a folder, or scenes.")
-@click.option('--test', 'test_data', default='scenes', show_default=True, metavar='DATA', help='Labelled images that it is tested on.')
+@click.option('--train', 'train_data', metavar='DATA', help="Labelled images for the probe: 'folder/train-*.tar', a folder, or scenes; default the run's own.")
+@click.option('--test', 'test_data', metavar='DATA', help="Labelled images that it is tested on; default the test half of the run's own.")
 @click.option('--out', metavar='FILE', help='Default: eval/probe.json in the run folder.')
 @click.option('--side', type=int, help='Pixels; default the largest side of training.')
 @click.option('--epochs', type=int, default=50, show_default=True)
@@ -196,15 +184,16 @@ def eval_(run, words, train_data, test_data, out, **kw):
     "Probe RUN at every depth. RUN is a run or a shipped folder; a recipe (that model before training); or `pixels`."
     from contextlib import nullcontext
 
-    from jepa_nb.probes import evaluate
-    from jepa_nb.train import only_writer
-    what, lock = run, nullcontext()
-    if run.endswith(('.yaml', '.yml')): what, _ = seed_folder(run, words, None)
+    from jepa_nb.probes import evaluate, figure_source
+    from jepa_nb.train import only_writer, open_run
+    what, cfg, lock = run, None, nullcontext()
+    if run.endswith(('.yaml', '.yml')): what = cfg = seed_folder(run, words, None)[0]
     elif words: raise CliError(f"{words[0]}: settings are for a recipe; a run has its own")
     elif run != 'pixels':
+        cfg = open_run(run, parts=('teacher',))[1]
         out = out or f'{run}/eval/probe.json'
         if Path(run).is_dir() and Path(run).resolve() in Path(out).resolve().parents: lock = only_writer(Path(run)) # nobody else writes into it meanwhile
-    with lock: r = evaluate(what, source_of(train_data, 'train'), source_of(test_data, 'test'), out, progress=sys.stderr.isatty(), **kw)
+    with lock: r = evaluate(what, figure_source(train_data, cfg, 'train'), figure_source(test_data, cfg, 'test'), out, progress=sys.stderr.isatty(), **kw)
     click.echo(f"{r['run']} seed {r['seed']}: {r['acc_chosen']:.1%} at depth {r['chosen_depth']}, chosen on held-out training images; "
                f"best on test {r['acc_best_on_test']:.1%}; k-NN {r['knn_chosen']:.1%}" + (f"; {out}" if out else ''))
 

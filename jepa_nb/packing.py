@@ -220,23 +220,26 @@ def planned_split(
     return Split(order[:item.context], [order[item.context:]])
 
 @lru_cache(maxsize=1024)
-def _positions(grid): return positions(grid).numpy()
+def _grid(grid, patch):
+    "Of every patch: its position, and where its `patch` lines are among the pieces of `3*patch` bytes that the image is stored as."
+    y, x = grid
+    line = np.arange(y*patch*x).reshape(y, patch, x).swapaxes(1, 2).reshape(y*x, patch)
+    return positions(grid).numpy(), line
 
 def _place(image, size, patch, split, at, x, pos):
     "Resize an image and write its patches to context slots from at[0] and target slots from at[1] of one row."
-    H, W = size
-    y, q = H//patch, W//patch
-    patches = resize(image, size).numpy().reshape(y, patch, q, patch*3).swapaxes(1, 2).reshape(y*q, -1)
+    where, line = _grid((size[0]//patch, size[1]//patch), patch)
+    pieces = resize(image, size).numpy().reshape(-1, patch*3)
     for a, ids in zip(at, (split.context, split.targets[0])):
-        np.take(patches, ids, axis=0, out=x[a:a+len(ids)], mode='clip') # clip: numpy buffers `out` otherwise
-        pos[a:a+len(ids)] = _positions((y, q))[ids]
+        z = a+len(ids)
+        pieces.take(line[ids].reshape(-1), axis=0, out=x[a:z].reshape(-1, patch*3), mode='clip') # clip: else numpy buffers `out`
+        pos[a:z] = where[ids]
 
 # %% ../nbs/14_packing.ipynb #1b655d9a
 def _bytes(shape):
     "Uninitialised bytes; in a loader process they are in shared memory already, which saves a copy."
-    n = math.prod(shape)
-    if get_worker_info() is None: return torch.empty(shape, dtype=torch.uint8)
-    return torch.tensor([], dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(n)).view(shape)
+    if get_worker_info() is None: return torch.from_numpy(np.empty(shape, np.uint8)) # numpy asks for large pages, torch does not
+    return torch.tensor([], dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape))).view(shape)
 
 def assemble(
     rows:list[list[Item]],
@@ -364,7 +367,7 @@ class _Arrivals(IterableDataset):
         seed = int(np.random.SeedSequence([self.cfg.run.seed, self.stream.rank, k]).generate_state(1, np.uint64)[0])
         pixels = lambda raw: torch.from_numpy(decode(raw.data, raw.key, raw.size))
         try:
-            for batch in pack_arrivals(self.stream.worker(k, workers), self.cfg, seed, lambda raw: raw.size, pixels, self.rows, self.state['at'][k]):
+            for batch in pack_arrivals(self.stream.read(k, workers), self.cfg, seed, lambda raw: raw.size, pixels, self.rows, self.state['at'][k]):
                 yield k, batch
         except DataError as e: yield k, e
 
@@ -375,7 +378,7 @@ def _streamed(stream, cfg, rank, world, state, workers):
     state = state or dict(at=[None]*n, turn=0)
     if len(state.get('at', ())) != n: raise DataError(f"{stream.name}: this run streams with data.workers={len(state.get('at', ()))}, not {workers}; go on with the same")
     stream = copy(stream)
-    stream.rank, stream.world = rank, world
+    stream.rank, stream.world, stream.seed = rank, world, cfg.run.seed
     arrivals = _Arrivals(stream, cfg, cfg.pack.rows//world, state)
     return _in_turn(DataLoader(arrivals, batch_size=None, num_workers=workers, collate_fn=_same) if workers else arrivals, state)
 
@@ -440,7 +443,7 @@ def eval_pack(
         for k in row:
             (y, q), z = grids[k], a+lengths[k]
             x[r, a:z].reshape(y, q, patch, patch*3)[:] = images[k].numpy().reshape(y, patch, q, patch*3).swapaxes(1, 2)
-            pos[r, a:z], sample[r, a:z] = _positions((y, q)), k
+            pos[r, a:z], sample[r, a:z] = _grid((y, q), patch)[0], k
             a = z
     return Tokens(torch.from_numpy(x), torch.from_numpy(pos), torch.from_numpy(sample))
 

@@ -112,7 +112,7 @@ def span_ring(
     ring:tuple,
     o:np.ndarray, # [3 n] or [3 1]
     d:np.ndarray, # [3 n]
-    steps:int=24, # of at most the distance to the surface each
+    steps:int=36, # of the distance to the surface each, never much less than a hundredth
 )->tuple[np.ndarray,np.ndarray]:
     "Walk to a ring; where a ray leaves again is not needed but for being behind where it enters."
     middle = -(o*d).sum(0)                                    # nearest to the centre
@@ -122,8 +122,8 @@ def span_ring(
     t = np.maximum(middle-half, np.float32(.03)) # not the surface that the ray starts on
     for _ in range(steps):
         gap = ring_distance(ring, o + t*d)
-        t = t + np.where(t < end, gap, 0)
-    hit = (reach > 0) & (t < end) & (gap < .02)
+        t = t + np.where((t < end) & (gap > .002), np.maximum(gap, np.float32(.012)), 0) # a grazing ray would never arrive
+    hit = (reach > 0) & (t < end) & (ring_distance(ring, o + t*d) < .01)
     return np.where(hit, t, np.float32(1e9)), np.where(hit, end, np.float32(-1e9))
 
 # %% ../nbs/10_scenes.ipynb #81d574d0
@@ -521,7 +521,7 @@ def draw_thing(
     "An object that rests on the ground at the origin."
     label = int(rng.integers(len(classes)))
     shape = SHAPES[classes[label]](rng)
-    upright = rng.random() < .65
+    upright = rng.random() < .7
     down = shape.downs[0] if upright else shape.downs[rng.integers(len(shape.downs))]
     turn = turn_down(down, rng.uniform(0, 2*np.pi))
     points = size * turn@shape.points
@@ -543,10 +543,10 @@ def draw_camera(
     focal, tilt = rng.uniform(.9, 1.6), rng.uniform(.12, .7) # radians; how far we look down at the object
     aim = np.array([0, np.cos(tilt), -np.sin(tilt)])
     w, h, deep = (np.ptp(axis@main.points) for axis in (np.array([1, 0, 0]), cross_product(aim, (1, 0, 0)), aim))
-    near = max(np.sqrt(w*h)/(min(H, W)*rng.uniform(.52, .78)), w/(.95*W), h/(.95*H)) # all of it fits, if it were in the middle
+    near = max(np.sqrt(w*h)/(min(H, W)*rng.uniform(.65, .95)), w/W, h/H) # all of it fits, if it were in the middle
     distance = focal*near + .5*deep
     away, at = distance*np.cos(tilt), np.array([0, 0, main.at[2] + distance*np.sin(tilt)])
-    dx, dy = rng.uniform(-.2, .2, 2)*(W, H)/focal # the object, off the middle of the picture
+    dx, dy = rng.uniform(-.17, .17, 2)*(W, H)/focal # the object, off the middle of the picture
     right = np.array([1., 0, 0])
     forward = unit(aim - dx*right - dy*cross_product(aim, right))
     right = unit(cross_product(forward, (0, 0, 1)))
@@ -727,10 +727,10 @@ def lit(
     world:World,
     x:np.ndarray, # [3 n] points
     n:np.ndarray, # [3 n] normals there
-    l:np.ndarray, # [3 n] directions towards the sun
+    to_sun:np.ndarray, # [3 n] directions
 )->tuple[np.ndarray,np.ndarray]: # [n] share of sun, [n] share of sky, in [0, 1]
     "Which points see the sun, and how much of the sky objects hide from them."
-    sun, sky = ((n*l).sum(0) > 0), np.ones(x.shape[1], np.float32)
+    sun, sky = ((n*to_sun).sum(0) > 0), np.ones(x.shape[1], np.float32)
     x = x + n*np.float32(.004*world.things[0].size if world.things else .001)
     for thing in world.things:
         to = thing.at[:,None].astype(np.float32) - x
@@ -738,10 +738,10 @@ def lit(
         r = np.float32(thing.radius)
         up = np.clip((to*n).sum(0)/np.sqrt(far), -.2, 1)
         sky *= 1 - np.float32(.55)*np.clip((up+np.float32(.2))/np.float32(1.2), 0, 1)*np.minimum(r*r/far*np.float32(.6), 1)
-        ahead = (to*l).sum(0)
+        ahead = (to*to_sun).sum(0)
         ask = np.flatnonzero(sun & (ahead > -r) & (far - ahead*ahead*np.float32(.98) < r*r))
         if not len(ask): continue
-        o, d = local(thing, x[:,ask], l[:,ask])
+        o, d = local(thing, x[:,ask], to_sun[:,ask])
         dark = np.zeros(len(ask), bool)
         for piece in thing.parts:
             enter, leave = span(piece, o, d)
@@ -854,9 +854,9 @@ def colour(
     shape = hits.t[:4].shape
     d, sky = hits.d[:,:4].reshape(3, -1), hits.what[:4].ravel() == SKY
     x, n, paint, gloss = surface(world, look, hits)
-    l = sun_rays(light, shape).reshape(3, -1)
-    sun, open_ = lit(world, x, n, l)
-    facing = np.maximum((n*l).sum(0), 0)*sun
+    to_sun = sun_rays(light, shape).reshape(3, -1)
+    sun, open_ = lit(world, x, n, to_sun)
+    facing = np.maximum((n*to_sun).sum(0), 0)*sun
     column = lambda v: np.asarray(v, np.float32)[:,None]
     half = np.float32(.5) + np.float32(.5)*n[2]
     out = paint*(column(light.colour)*facing + (column(light.sky)*half + column(light.bounce)*(1-half))*open_)
@@ -866,9 +866,9 @@ def colour(
         cos = -(ds*ns).sum(0)
         r = ds + 2*cos*ns # mirrored
         share = g + (1-g)*np.clip(1-cos, 0, 1)**5*np.float32(.5)
-        seen_ = sky_colour(look, r)*np.clip(r[2]*4+np.float32(.6), 0, 1)*np.float32(.8) + paint[:,shiny].mean()*np.float32(.2)
-        spark = np.maximum((r*l[:,shiny]).sum(0), 0)**40*sun[shiny]*(g > 0)*np.float32(.6)
-        out[:,shiny] = out[:,shiny]*(1-share) + column(light.sky + light.colour*.3)*seen_*share*open_[shiny] + column(light.colour)*spark
+        mirrored = sky_colour(look, r)*np.clip(r[2]*4+np.float32(.6), 0, 1)*np.float32(.8) + paint[:,shiny].mean()*np.float32(.2)
+        spark = np.maximum((r*to_sun[:,shiny]).sum(0), 0)**40*sun[shiny]*(g > 0)*np.float32(.6)
+        out[:,shiny] = out[:,shiny]*(1-share) + column(light.sky + light.colour*.3)*mirrored*share*open_[shiny] + column(light.colour)*spark
     if sky.any():
         glow = light.sky + .4*light.colour
         out[:,sky] = sky_colour(look, d[:,sky])*column(glow/max(glow.max(), 1e-3))*np.float32(1.1)

@@ -245,4 +245,4 @@ def save_figure(
                  versions=versions(), seconds=None if seconds is None else round(seconds, 1), notes=notes)
     write_atomic(out+'.png', png.getvalue())
     write_atomic(out+'.csv', table_csv(table))
-    write_atomic(out+'.json', json.dumps(_plain(about), indent=1)+'\n')
+    write_atomic(out+'.json', json.dumps(_plain(about), indent=1, ensure_ascii=False)+'\n')

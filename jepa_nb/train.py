@@ -121,7 +121,8 @@ def new_folder(
         if folder.exists(): shutil.rmtree(folder)
         os.rename(tmp, folder)
         _sync(folder.parent)
-    except OSError as e: raise RunError(f"{folder}: cannot be written: {e.strerror or e}") from None
+    except (OSError, SafetensorError) as e: # safetensors has its own word for a full disk
+        raise RunError(f"{folder}: cannot be written: {getattr(e, 'strerror', None) or e}") from None
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 def write_json(path:Path, d:dict):
@@ -370,7 +371,7 @@ class Meter:
         dtype = torch.float32 if place.device.type == 'mps' else torch.float64
         mine = saved if saved and place.rank == 0 else dict(sums=[0.]*6, used=0., skipped=0)
         self.sums = torch.tensor(mine['sums'], dtype=dtype, device=place.device)
-        self.used, self.skipped, self.images = mine['used'], mine['skipped'], 0
+        self.used, self.skipped, self.images, self.said = mine['used'], mine['skipped'], 0, set()
 
     def add(self, out, n, batch):
         "One batch; the loss counts by its scored tokens."
@@ -379,6 +380,7 @@ class Meter:
         v = (n, a['pred_loss']*n, moe*n, 1, a['kept_context'], a['kept_target'])
         self.sums += torch.stack([torch.as_tensor(x, device=self.sums.device).detach().to(self.sums.dtype) for x in v])
         self.used, self.skipped, self.images = self.used+batch.used, self.skipped+len(batch.skipped), self.images+batch.images
+        for report in set(batch.skipped)-self.said: _say(f"WARNING: skipped: {report}"); self.said.add(report)
 
     def gather(self):
         "Collect every process's sums in the first; returns images since the last call."

@@ -37,7 +37,7 @@ def start(cfg, run, **env):
     return subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', **env))
 
-def wait_for(path, seconds=60):
+def wait_for(path, seconds=300):
     "Until a file is there."
     end = time.time()+seconds
     while not any(path.parent.glob(path.name)):
@@ -78,12 +78,12 @@ def test_asked_to_stop(tmp_path):
         p = start(cfg, tmp_path/'run')
         before = len(checkpoints(tmp_path/'run'))
         seen = len((tmp_path/'run/log.jsonl').read_text()) if before else 0
-        end = time.time()+60
+        end = time.time()+300
         while not (tmp_path/'run/log.jsonl').is_file() or len((tmp_path/'run/log.jsonl').read_text()) <= seen:
             assert p.poll() is None and time.time() < end
             time.sleep(.05)
         p.send_signal(signum)
-        out, err = p.communicate(timeout=60)
+        out, err = p.communicate(timeout=300)
         assert p.returncode == code, err
         assert f'stopped by {signum.name}' in err and 'Traceback' not in err
         assert len(checkpoints(tmp_path/'run')) == before+1
@@ -91,7 +91,7 @@ def test_asked_to_stop(tmp_path):
 def test_finished_run_returns_at_once(whole):
     before = (whole/'done.json').stat().st_mtime_ns
     begun = time.perf_counter(); train(tiny(), whole, progress=False)
-    assert time.perf_counter()-begun < 1 and (whole/'done.json').stat().st_mtime_ns == before
+    assert time.perf_counter()-begun < 5 and (whole/'done.json').stat().st_mtime_ns == before
 
 def damage(path, how):
     b = bytearray(path.read_bytes())
@@ -134,7 +134,7 @@ def test_second_writer_waits(tmp_path):
     a = start(cfg, tmp_path/'run'); wait_for(tmp_path/'run/.lock')
     while not (tmp_path/'run/.lock').read_text(): time.sleep(.02)
     b = start(cfg, tmp_path/'run')
-    (_, err_a), (_, err_b) = a.communicate(timeout=60), b.communicate(timeout=60)
+    (_, err_a), (_, err_b) = a.communicate(timeout=300), b.communicate(timeout=300)
     assert (a.returncode, b.returncode) == (0, 0), err_a+err_b
     assert f'waiting for process {a.pid}, which writes to' in err_b
     steps = read_log(tmp_path/'run')['step']
@@ -149,7 +149,7 @@ def test_dies_with_its_graph(tmp_path):
     wait_for(tmp_path/'run/.lock')
     while not (pid := (tmp_path/'run/.lock').read_text().strip()): time.sleep(.02)
     graph.kill(); graph.wait()
-    end = time.time()+10
+    end = time.time()+60
     while Path(f'/proc/{pid}').exists() and Path(f'/proc/{pid}/stat').read_text().split()[2] != 'Z':
         assert time.time() < end, 'an orphan lives on'
         time.sleep(.05)
@@ -169,3 +169,14 @@ def test_foreign_config(tmp_path, whole):
     (run/'config.yaml').write_text('nothing: here\n'); (run/'done.json').unlink()
     open_run(run)  # a checkpoint has its own
     with pytest.raises((RunError, ConfigError)): open_run(tmp_path/'none')
+
+def test_full_disk(tmp_path, monkeypatch, whole):
+    import shutil
+
+    import jepa_nb.train
+    run = tmp_path/'run'; shutil.copytree(whole, run)
+    def full(*_, **__): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(jepa_nb.train, 'save_file', full)
+    with pytest.raises(RunError, match='step_00000005: cannot be written: No space left on device'): train(tiny('run.steps=5'), run, progress=False)
+    assert [c.name for c in checkpoints(run)] == ['step_00000002', 'step_00000004'] and not list(run.rglob('.tmp*'))
+    open_run(run)

@@ -1,0 +1,76 @@
+"""How long is a training step, and how much of it does the flat form save over its dense-mask twin?
+
+    python tests/bench/bench_step.py [RECIPE] [name=value ...] [--rounds 8] [--data FILES]
+
+Both forms are the same model on the same batches, alternated in one run, so that a busy machine disturbs them alike.
+CPU time of this process stands beside wall time; the ratio is of medians of CPU time (on a GPU: of wall time)."""
+import argparse
+import os
+import platform
+import statistics
+import time
+
+import torch
+
+from jepa_nb.config import load_config, make_config
+from jepa_nb.data import open_data
+from jepa_nb.jepa import ema_
+from jepa_nb.packing import loader
+from jepa_nb.train import beta_at, make_optimizer, matmul_error, pick_device, random_model, seeded, to_device, update
+
+
+def step(jepa, opt, pack, cfg, k, form, amp):
+    "One update, as `train` makes it."
+    with amp: o = jepa(pack, seeded(pack.context.device, cfg.run.seed, k), form)
+    n = o.aux['scored']
+    (o.loss*n).backward()
+    update(opt, cfg.optim.lr, n, ~o.loss.detach().isfinite())
+    ema_(jepa.teacher, jepa.encoder, beta_at(k, cfg.teacher))
+
+def measure(cfg, batches, device, dtype, rounds):
+    "Wall and CPU seconds of both forms, alternated."
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16')
+    wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    models = {form: random_model(cfg).to(device).train() for form in ('flat', 'dense')}
+    opts = {form: make_optimizer(m, cfg.optim) for form, m in models.items()}
+    out = {form: ([], []) for form in models}
+    for k in range(rounds+2):
+        for form in models:
+            wait(); wall, cpu = time.perf_counter(), time.process_time()
+            step(models[form], opts[form], batches[k%len(batches)], cfg, k, form, amp)
+            wait()
+            if k < 2: continue # the first two warm up
+            out[form][0].append(time.perf_counter()-wall); out[form][1].append(time.process_time()-cpu)
+    return out
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('recipe', nargs='?'); p.add_argument('words', nargs='*')
+    p.add_argument('--rounds', type=int, default=8); p.add_argument('--data')
+    a = p.parse_args()
+    words = [*a.words, *([f'data.path={a.data}', 'data.kind=shards'] if a.data else [])]
+    if a.recipe and '=' in a.recipe: a.recipe, words = None, [a.recipe, *words]
+    base = dict(data=dict(images=500, side=64), scale=dict(min_side=4, max_side=16), pack=dict(rows=2), encoder=dict(patch=4, dim=192, depth=6, heads=3),
+                predictor=dict(dim=128, depth=3, heads=2), run=dict(threads=1))
+    cfg = load_config(a.recipe, words) if a.recipe else make_config(base, words)
+    device = pick_device(cfg.run.device)
+    torch.set_num_threads(cfg.run.threads or torch.get_num_threads()); torch.set_float32_matmul_precision(cfg.run.matmul)
+    it = loader(open_data(cfg.data), cfg, workers=0)
+    batches, images = [], []
+    for _ in range(4): b = next(it); batches.append(to_device(b.pack, device)); images.append(b.images)
+    n = statistics.mean(images)
+    e, r = cfg.encoder, cfg.predictor
+    print(f"torch {torch.__version__}, {platform.machine()}, {torch.cuda.get_device_name() if device.type == 'cuda' else f'{os.cpu_count()} CPUs'}, "
+          f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; matmul {cfg.run.matmul}, error {matmul_error(device):.0e}")
+    print(f"encoder {e.dim}x{e.depth} {e.mlp}, predictor {r.dim}x{r.depth} {r.mlp}, {e.gelu} GELU; rows [{cfg.pack.rows} {cfg.pack.context}+{cfg.pack.target}], "
+          f"{n:.1f} images, {cfg.objective.repeats} repeats; median of {a.rounds} steps")
+    print(f"{'dtype':9} {'form':6} {'wall ms':>8} {'cpu ms':>8} {'images/s':>9} {'images/cpu-s':>12}")
+    for dtype in ('float32', 'bfloat16'):
+        out, cost = measure(cfg, batches, device, dtype, a.rounds), {}
+        for form, (wall, cpu) in out.items():
+            w, c = statistics.median(wall), statistics.median(cpu)
+            cost[form] = w if device.type == 'cuda' else c
+            print(f"{dtype:9} {form:6} {w*1e3:8.0f} {c*1e3:8.0f} {n/w:9.1f} {n/c:12.1f}")
+        print(f"{dtype:9} flat/dense {cost['flat']/cost['dense']:.2f}")
+
+if __name__ == '__main__': main()

@@ -1,0 +1,14 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+os.environ['PATH'] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(k, '1') # as in the graph: sums differ between thread counts
+
+
+@pytest.fixture
+def root(): return ROOT

@@ -1,0 +1,32 @@
+"""Stands in for `jepa_nb.cli` in test_graph.py: writes what a job would write, in no time.
+
+A run goes on from where it was killed, like a real one, and leaves the number of its process in the run folder at every step."""
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from jepa_nb.cli import join_graph
+
+join_graph()
+verb, *words = sys.argv[1:]
+given = dict(zip(words, words[1:]))
+if verb == 'data':
+    out, split, images = Path(words[1]), given['--split'], int(given['--images'])
+    out.mkdir(parents=True, exist_ok=True)
+    for k in range(-(-images//1000)): (out/f'{split}-{k:06d}.tar').write_text(' '.join(words))
+elif verb == 'train':
+    out, steps = Path(given['--out']), int(os.environ.get('STUB_STEPS', 1))
+    out.mkdir(parents=True, exist_ok=True)
+    done = len((out/'steps').read_text().split()) if (out/'steps').exists() else 0
+    for _ in range(done, steps):
+        with open(out/'steps', 'a') as f: f.write(f'{os.getpid()}\n')
+        time.sleep(.1)
+    (out/'done.json').write_text('{}')
+elif verb == 'eval':
+    Path(given['--out']).parent.mkdir(parents=True, exist_ok=True)
+    Path(given['--out']).write_text(' '.join(words))
+elif verb == 'figure':
+    for s in ('.png', '.csv', '.json'): Path(given['--out']+s).write_text(json.dumps(words))
+else: sys.exit(f'{verb}: the stub does not know it')

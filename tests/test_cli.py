@@ -1,0 +1,83 @@
+"A wrong word gets one line that names it, and an exit code that is not 0."
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+RECIPE = 'params/train/fn_tiny_dyntanh.yaml'
+
+
+def jepa_nb(*words, cwd=ROOT, **env):
+    return subprocess.run([sys.executable, '-m', 'jepa_nb.cli', *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=120, env=os.environ | env)
+
+
+@pytest.mark.parametrize('words, code, names', [
+    (['trian', RECIPE], 2, "No such command 'trian'. Did you mean 'train'?"),
+    (['train'], 2, "RECIPE"),
+    (['train', RECIPE, '--uot', 'x'], 2, '--out'),
+    (['train', 'nowhere.yaml'], 1, 'nowhere.yaml: no such recipe'),
+    (['train', RECIPE, 'masks.windw=4'], 1, 'did you mean masks.window?'),
+    (['train', RECIPE, 'masks.window=0'], 1, 'masks.window'),
+    (['train', RECIPE, 'encoder.norm_out=dintanh'], 1, 'dintanh'),
+    (['train', RECIPE, 'run.steps'], 1, 'name=value'),
+    (['train', RECIPE, 'data.kind=shards', 'data.path=nowhere/train-*.tar', '--out', '{tmp}/run'], 1, 'nowhere/train-*.tar'),
+    (['train', RECIPE, 'data.kind=folder', 'data.path={tmp}', '--out', '{tmp}/run'], 1, '{tmp}'),
+    (['eval', '{tmp}/nothing'], 1, '{tmp}/nothing: no checkpoint'),
+    (['eval', '{tmp}', 'run.steps=3'], 1, 'run.steps=3'),
+    (['data', 'shards', '{tmp}', '{tmp}/out'], 1, '{tmp}'),
+    (['data', 'cifar10', '{tmp}/out', '--from', '{tmp}/archive.tar.gz'], 1, '{tmp}/archive.tar.gz'),
+    (['ship', '{tmp}/nothing', '{tmp}/out'], 1, '{tmp}/nothing'),
+    (['figure', 'fn_fig1'], 1, 'fn_fig1: no such figure'),
+    (['reproduce', '--tier', 'quik'], 1, 'did you mean quick?'),
+], ids=lambda v: ' '.join(map(str, v)) if isinstance(v, list) else '')
+def test_refusal(words, code, names, tmp_path):
+    r = jepa_nb(*(w.format(tmp=tmp_path) for w in words))
+    assert r.returncode == code, r.stderr
+    assert names.format(tmp=tmp_path) in r.stderr
+    assert len(r.stderr.strip().splitlines()) == 1, r.stderr
+    assert not (tmp_path/'run'/'checkpoints').exists()
+
+
+@pytest.mark.parametrize('words', ([], ['train'], ['eval'], ['figure'], ['data'], ['data', 'scenes'], ['reproduce']), ids=' '.join)
+def test_help(words):
+    r = jepa_nb(*words, '--help')
+    assert r.returncode == 0 and 'Usage: jepa_nb' in r.stdout
+
+
+def figures(): return sorted(p.stem for p in (ROOT/'nbs/figures').glob('*.ipynb'))
+
+
+@pytest.mark.parametrize('stem', figures())
+def test_figure_refuses_unknown_parameter(stem, tmp_path):
+    r = jepa_nb('figure', stem, '-p', 'imags', 3, '--out', tmp_path/'f')
+    assert r.returncode == 1 and 'imags: no such parameter' in r.stderr and len(r.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_figure_without_checkpoint(tmp_path):
+    r = jepa_nb('figure', 'fn_fig1_loss_distribution', '-p', 'ln', f'[{tmp_path}/nothing]', '-p', 'dyntanh', f'[{tmp_path}/nothing]', '--out', tmp_path/'f')
+    assert r.returncode == 1 and f'{tmp_path}/nothing' in r.stderr and len(r.stderr.splitlines()) == 1, r.stderr
+    assert not (tmp_path/'f.png').exists()
+
+
+@pytest.mark.parametrize('change, names', [
+    (lambda t: t['settings'].update({'encoder.dept': 3}), 'did you mean encoder.depth?'),
+    (lambda t: t['settings'].update({'run.steps': 0}), 'run.steps'),
+    (lambda t: t.update(rnus={}), 'did you mean runs?'),
+    (lambda t: t['runs']['fn_ln'].update(recipe='nowhere.yaml'), 'nowhere.yaml: no such recipe'),
+    (lambda t: t['figures']['fn_fig5_context_target'].setdefault('params', {}).update(imags=3), 'imags: no such parameter'),
+], ids=['setting', 'value', 'entry', 'recipe', 'figure parameter'])
+def test_tier_is_checked_before_anything_starts(tmp_path, change, names):
+    shutil.copytree(ROOT/'nbs/figures', tmp_path/'nbs/figures')
+    shutil.copytree(ROOT/'params', tmp_path/'params')
+    file = tmp_path/'params/smoke.yaml'
+    tier = yaml.safe_load(file.read_text())
+    change(tier)
+    file.write_text(yaml.safe_dump(tier))
+    r = jepa_nb('reproduce', '--tier', 'smoke', cwd=tmp_path)
+    assert r.returncode == 1 and names in r.stderr and 'params/smoke.yaml' in r.stderr and len(r.stderr.splitlines()) == 1, r.stderr
+    assert not (tmp_path/'runs').exists()

@@ -1,0 +1,159 @@
+"What runs again when something changes, and what a kill leaves. The jobs are stubs; the graph, the launcher and make are the real ones."
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+TIERS = sorted(p.stem for p in (ROOT/'params').glob('*.yaml'))
+NOTEBOOK = '{"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": ["ln = None\\n", "dyntanh = None\\n", "images = 4\\n", "out = None"]}]}'
+TIER = dict(
+    tier='tiny', threads=1,
+    data=dict(train=dict(kind='scenes', images=1500, side=32, seed=0), test=dict(kind='scenes', images=500, side=32, seed=0)),
+    settings={'run.steps': 10},
+    runs=dict(fn_ln=dict(recipe='params/train/fn_tiny_layernorm.yaml', seeds=[0]), fn_tanh=dict(recipe='params/train/fn_tiny_dyntanh.yaml', seeds=[0, 1])),
+    eval=dict(epochs=2), figures=dict(a=dict(runs=dict(ln='fn_ln', dyntanh='fn_tanh'), params=dict(images=8)), b=dict(params=dict(images=3))))
+
+
+def clone(folder, tier=TIER):
+    "A tree with the real workflow and two invented figures."
+    for d in ('workflow', 'params', 'jepa_nb'): shutil.copytree(ROOT/d, folder/d, ignore=shutil.ignore_patterns('__pycache__'))
+    (folder/'nbs/figures').mkdir(parents=True)
+    for stem in 'ab': (folder/f'nbs/figures/{stem}.ipynb').write_text(NOTEBOOK)
+    (folder/'params/tiny.yaml').write_text(yaml.safe_dump(tier))
+    makefile = (ROOT/'Makefile').read_text().replace('.venv/bin/python', sys.executable)
+    (folder/'Makefile').write_text(re.sub(r'^(\w+): setup$', r'\1:', makefile, flags=re.M))
+    return folder
+
+
+def environment(**more):
+    keep = {k: v for k, v in os.environ.items() if k not in ('JEPA_NB_PARENT', 'DATA', 'MAKEFLAGS', 'MAKELEVEL', 'MFLAGS')}
+    return keep | dict(JEPA_NB_CLI=f'exec {sys.executable} {ROOT}/tests/stub_cli.py') | more
+
+
+def make(folder, *words, **env):
+    return subprocess.run(['make', *words, 'TIER=tiny', 'CORES=2'], cwd=folder, env=environment(**env), capture_output=True, text=True, timeout=120)
+
+
+def plan(folder):
+    "How many jobs of each rule would run."
+    out = make(folder, 'dry').stdout
+    rows = re.findall(r'^(\w+) +(\d+)$', out.split('Job stats:')[1].split('\n\n')[0], re.M) if 'Job stats:' in out else []
+    return {k: int(v) for k, v in rows if k not in ('all', 'total')}
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    "A tree whose graph has run."
+    folder = clone(tmp_path_factory.mktemp('graph'))
+    assert plan(folder) == dict(scenes_train=1, scenes_test=1, train=3, evaluate=3, random_init=3, raw_pixels=1, figure=2)
+    r = make(folder, 'reproduce')
+    assert r.returncode == 0, r.stdout+r.stderr
+    return folder
+
+
+def test_finished_means_finished(finished):
+    assert plan(finished) == {}
+    r = make(finished, 'reproduce')
+    assert r.returncode == 0 and 'Nothing to be done' in r.stdout+r.stderr
+    assert 'figures/tiny: a, b' in r.stdout
+
+
+def changed(**groups): return lambda folder: (folder/'params/tiny.yaml').write_text(yaml.safe_dump(TIER | groups))
+def edited(path, f): return lambda folder: (folder/path).write_text(f((folder/path).read_text()))
+
+
+RUN = TIER['runs']
+CHANGES = {
+    'nothing':                 (lambda folder: None, {}),
+    'a touched file':          (edited('nbs/figures/a.ipynb', lambda s: s), {}),
+    'a comment in a recipe':   (edited('params/train/fn_tiny_layernorm.yaml', lambda s: s+'# so\n'), {}),
+    'a budget':                (changed(seconds=dict(train=3)), {}),
+    'a setting of one run':    (changed(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(settings={'optim.lr': .01}))), dict(train=1, evaluate=1, figure=1)),
+    'a setting in a recipe':   (edited('params/train/fn_tiny_layernorm.yaml', lambda s: s.replace('lr: 1.0e-3', 'lr: 2.0e-3')), dict(train=1, evaluate=1, figure=1)),
+    'a width':                 (changed(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(settings={'encoder.depth': 2}))), dict(train=1, evaluate=1, random_init=1, figure=1)),
+    'the steps of all':        (changed(settings={'run.steps': 20}), dict(train=3, evaluate=3, figure=1)),
+    'a new seed':              (changed(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(seeds=[0, 1]))), dict(train=1, evaluate=1, random_init=1, figure=1)),
+    'the probe':               (changed(eval=dict(epochs=3)), dict(evaluate=3, random_init=3, raw_pixels=1, figure=1)),
+    'a parameter of a figure': (changed(figures=TIER['figures'] | dict(b=dict(params=dict(images=5)))), dict(figure=1)),
+    'a notebook':              (edited('nbs/figures/b.ipynb', lambda s: s.replace('4', '5')), dict(figure=1)),
+    'a module of figures':     (edited('jepa_nb/maps.py', lambda s: s+'#\n'), dict(figure=2)),
+    'a module of training':    (edited('jepa_nb/train.py', lambda s: s+'#\n'), {}),
+    'the images':              (changed(data=TIER['data'] | dict(train=TIER['data']['train'] | dict(seed=1))),
+                                dict(scenes_train=1, train=3, evaluate=3, random_init=3, raw_pixels=1, figure=1)),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_only_what_depends_on_it_runs_again(finished, tmp_path, change):
+    folder = tmp_path/'tree'
+    shutil.copytree(finished, folder)
+    do, want = CHANGES[change]
+    do(folder)
+    assert plan(folder) == want
+
+
+@pytest.mark.parametrize('tier', TIERS)
+def test_tier_has_a_plan(tier):
+    r = subprocess.run([sys.executable, '-m', 'jepa_nb.cli', 'reproduce', '--tier', tier, '--dry'], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert r.returncode == 0, r.stdout+r.stderr
+
+
+def children(pid):
+    "Processes below `pid`, as ps knows them."
+    rows = [line.split(None, 2) for line in subprocess.run(['ps', '-A', '-o', 'pid=,ppid=,args='], capture_output=True, text=True).stdout.splitlines()]
+    below = [(int(p), args) for p, q, args in rows if int(q) == pid]
+    return below + [c for p, _ in below for c in children(p)]
+
+
+def wait_until(f, seconds=30):
+    start = time.time()
+    while not f():
+        assert time.time()-start < seconds, 'waited in vain'
+        time.sleep(.02)
+
+
+def kill(pid):
+    with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize('victim', ('make', 'launcher', 'snakemake', 'all'))
+def test_killed_and_started_again_at_once(tmp_path, victim):
+    folder = clone(tmp_path/'tree', TIER | dict(figures=dict(b=dict(params=dict(images=3)))))
+    env = environment(STUB_STEPS='40')
+    start = lambda: subprocess.Popen(['make', 'reproduce', 'TIER=tiny', 'CORES=2'], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    steps = folder/'runs/tiny/fn_ln/seed0/steps'
+    first = start()
+    wait_until(lambda: steps.exists() and len(steps.read_text().split()) > 5)
+    tree = children(first.pid)
+    launcher, = (p for p, args in tree if 'jepa_nb.cli reproduce' in args)
+    snakemake, = (p for p, args in tree if '-m snakemake' in args)
+    for pid in dict(make=[first.pid], launcher=[launcher], snakemake=[snakemake], all=[first.pid, *(p for p, _ in tree)])[victim]: kill(pid)
+    second = start()
+    out, _ = second.communicate(timeout=100)
+    first.communicate(timeout=30)
+    assert second.returncode == 0, out
+    for run in ('fn_ln/seed0', 'fn_tanh/seed0', 'fn_tanh/seed1'):
+        writers = (folder/f'runs/tiny/{run}/steps').read_text().split()
+        assert len(writers) == 40 # it went on: nothing was done twice
+        assert writers == sorted(writers, key=list(dict.fromkeys(writers)).index), 'two writers at once'
+    assert len(set(steps.read_text().split())) == 2
+    assert not any(Path(f'/proc/{p}').exists() for p, _ in tree), 'an orphan is left'
+
+
+def test_second_start_says_who_is_at_work(tmp_path):
+    folder = clone(tmp_path/'tree')
+    first = subprocess.Popen(['make', 'reproduce', 'TIER=tiny'], cwd=folder, env=environment(STUB_STEPS='80'), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: (folder/'runs/tiny/fn_ln/seed0/steps').exists())
+    r = make(folder, 'reproduce')
+    pid = (folder/'.run.lock').read_text()
+    assert r.returncode == 2 and f'another make reproduce (pid {pid}) is running' in r.stderr
+    assert first.wait(timeout=100) == 0

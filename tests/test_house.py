@@ -1,0 +1,90 @@
+"What the house promises, and a notebook cannot say about itself."
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import BIN, ROOT
+
+NOTEBOOKS = [p for p in sorted((ROOT/'nbs').rglob('[!_.]*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
+ROOMS = {m.group(2): int(m.group(1)) for p in NOTEBOOKS if (m := re.match(r'(\d\d)_(\w+)$', p.stem))}
+by_name = pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
+
+
+def test_export_is_fresh(tmp_path):
+    for f in ('settings.ini', 'pyproject.toml'): shutil.copy(ROOT/f, tmp_path/f)
+    shutil.copytree(ROOT/'nbs', tmp_path/'nbs')
+    (tmp_path/'jepa_nb').mkdir()
+    subprocess.run([BIN/'nbdev_export'], cwd=tmp_path, check=True)
+    library, exported = ({str(p.relative_to(d)): p.read_text() for p in (d/'jepa_nb').rglob('*.py')} for d in (ROOT, tmp_path))
+    assert sorted(library) == sorted(exported)
+    assert [k for k in library if library[k] != exported[k]] == [], 'run nbdev_export'
+
+
+@by_name
+def test_notebook_is_clean(notebook, tmp_path):
+    assert notebook.stat().st_size < 300_000
+    nb = json.loads(notebook.read_text())
+    ids = [c.get('id') for c in nb['cells']]
+    assert None not in ids and len(set(ids)) == len(ids), 'cell ids are addresses'
+    copy = tmp_path/notebook.name
+    shutil.copy(notebook, copy)
+    subprocess.run([BIN/'nbdev_clean', '--fname', copy], cwd=ROOT, check=True)
+    assert copy.read_text() == notebook.read_text(), 'run nbdev_clean'
+
+
+def imports(tree):
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Import): yield from (a.name for a in n.names)
+        if isinstance(n, ast.ImportFrom): yield '.'*n.level+(n.module or '')
+
+
+@pytest.mark.parametrize('room', ROOMS)
+def test_imports_point_backwards(room):
+    for name in imports(ast.parse((ROOT/f'jepa_nb/{room}.py').read_text())):
+        other = re.match(r'(?:jepa_nb|\.)\.?(\w+)', name)
+        if other and other.group(1) in ROOMS: assert ROOMS[other.group(1)] < ROOMS[room], f'{room} imports {name}'
+
+
+def test_ruff_is_silent():
+    r = subprocess.run([BIN/'ruff', 'check', 'nbs', 'tests', 'workflow'], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0, r.stdout
+
+
+def test_library_needs_no_workbook():
+    "Every module imports where there is no nbdev, Jupyter, scikit-learn, pandas or pytest; workers can be forked and spawned from it."
+    code = '''
+import importlib, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in BANNED: raise ImportError(f'{name} is not for the library')
+BANNED = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'ipywidgets', 'jupyter_client', 'nbformat', 'papermill', 'snakemake', 'sklearn', 'pandas', 'seaborn', 'pytest', 'scipy'}
+sys.meta_path.insert(0, Refuse())
+import jepa_nb
+for m in ROOMS: importlib.import_module(f'jepa_nb.{m}')
+assert not BANNED & {n.split('.')[0] for n in sys.modules}
+'''
+    r = subprocess.run([sys.executable, '-c', f'ROOMS = {list(ROOMS)!r}\n{code}'], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'params').rglob('*.yaml')), ids=lambda p: str(p.relative_to(ROOT/'params')))
+def test_numbers_are_numbers(path):
+    "YAML 1.1 reads 1e-3 as a text; 1.0e-3 is a number."
+    def walk(v):
+        if isinstance(v, (dict, list)): [walk(x) for x in (v.values() if isinstance(v, dict) else v)]
+        elif isinstance(v, str): assert not re.fullmatch(r'[-+]?\d+(\.\d*)?([eE][-+]?\d+)?', v), f'{v!r} is a text'
+    walk(yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'params/train').glob('*.yaml')), ids=lambda p: p.stem)
+def test_recipe_promises(path):
+    "A recipe begins with the paper's number and where ours is, and loads."
+    from jepa_nb.config import load_config
+    head = ' '.join(line for line in path.read_text().splitlines() if line.startswith('#'))
+    assert 'ublished' in head and 'figures/' in head
+    assert load_config(path).run.name == path.stem

@@ -1,0 +1,221 @@
+"Packing, end to end: nothing is lost, nothing comes twice, and neither workers nor ranks nor a restart change a batch."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from jepa_nb.config import make_config
+from jepa_nb.data import BadImage, DataError, Stream, write_shards
+from jepa_nb.packing import Planner, check_slots, eval_pack, loader, pack_images, pack_iterator
+from jepa_nb.patches import patchify, resize, unpatchify
+
+
+class Pictures:
+    "Noise of many sizes; as a source, and as a list."
+    def __init__(self, images=64, broken=()):
+        rng = np.random.default_rng(0)
+        self.sizes = rng.integers(20, 72, (images, 2)).astype(np.int32)
+        self.pixels = [torch.from_numpy(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in self.sizes]
+        self.broken = broken
+
+    def __len__(self): return len(self.sizes)
+
+    def image(self, i):
+        if i in self.broken: raise BadImage(f'picture {i}: damaged')
+        return self.pixels[i]
+
+
+def config(*words): return make_config(dict(encoder=dict(patch=4), pack=dict(rows=4)), words)
+
+
+def tensors(batch): return (*batch.pack.image, *batch.pack[1:], batch.index)
+
+
+def assert_same(a, b):
+    for u, v in zip(tensors(a), tensors(b), strict=True): assert torch.equal(u, v)
+    assert (a.images, a.skipped, a.state, a.used) == (b.images, b.skipped, b.state, b.used)
+
+
+def photo_sizes(images, seed=0):
+    rng = np.random.default_rng(seed)
+    short, long = rng.integers(96, 257, images), np.full(images, 256)
+    wide = rng.random(images) < .7
+    return np.stack([np.where(wide, short, long), np.where(wide, long, short)], 1)
+
+
+@pytest.mark.parametrize('words, most', [([], 1.002), (['masks.window=4'], 1.005), (['pack.context=128', 'pack.target=192'], 1.015)])
+def test_ten_thousand_images_none_lost_none_twice(words, most):
+    cfg = make_config({}, words)
+    plans = list(Planner(photo_sizes(1000), cfg, seed=1, draws=10_000))
+    rows = [row for plan in plans for row in plan.rows]
+    assert sorted(i.draw for row in rows for i in row) == list(range(10_000))
+    for row in rows:
+        assert sum(i.context for i in row) <= cfg.pack.context and sum(i.target for i in row) <= cfg.pack.target
+    assert all(len(plan.rows) == cfg.pack.rows for plan in plans[:-1]) and 0 < len(plans[-1].rows) <= cfg.pack.rows
+    full = [row for plan in plans if plan.state['next_draw'] < 10_000 for row in plan.rows]
+    used = np.array([(sum(i.context for i in row), sum(i.target for i in row)) for row in full])
+    fewest = (used.sum(0)/(cfg.pack.context, cfg.pack.target)).max() # rows, if the fuller stream had no gap at all
+    assert len(full)/fewest <= most, len(full)/fewest
+
+
+def test_no_image_starves():
+    cfg = make_config({})
+    at = {i.draw: place for place, i in enumerate(i for plan in Planner(photo_sizes(500), cfg, draws=5000) for row in plan.rows for i in row)}
+    assert max(abs(place-draw) for draw, place in at.items()) < 32*cfg.pack.pool
+
+
+@pytest.mark.parametrize('replace', [True, False])
+def test_a_plan_goes_on_from_any_state(replace):
+    cfg, sizes = config(f'data.replace={replace}'), photo_sizes(50)
+    whole = list(islice(Planner(sizes, cfg, seed=5), 12))
+    for k in (1, 4, 9):
+        state = json.loads(json.dumps(whole[k-1].state))
+        assert list(islice(Planner(sizes, cfg, seed=5, state=state), 12-k)) == whole[k:]
+    assert list(islice(Planner(sizes, cfg, seed=6), 2)) != whole[:2]
+    with pytest.raises(DataError, match='began with 50'): Planner(sizes[:-1], cfg, state=whole[0].state)
+
+
+def test_without_replacement_every_image_once_per_epoch():
+    items = [i for plan in Planner(photo_sizes(77), config('data.replace=false'), draws=3*77) for row in plan.rows for i in row]
+    for epoch in range(3): assert sorted(i.index for i in items if i.draw//77 == epoch) == list(range(77))
+
+
+def test_every_token_once_and_windows_together():
+    pictures, cfg = Pictures(), config()
+    planner = Planner(pictures.sizes, cfg)
+    for plan, batch in zip(islice(planner, 3), loader(pictures, cfg)):
+        pack, p = batch.pack, 4
+        assert pack.image.x.dtype == torch.uint8 and pack.image.pos.dtype == torch.float32
+        assert (pack.image.x[pack.image.sample < 0] == 0).all() and (pack.image.pos[pack.image.sample < 0] == 0).all()
+        items = [(r, i) for r, row in enumerate(plan.rows) for i in row]
+        assert batch.images == len(items) and batch.index.tolist() == [i.index for _, i in items]
+        for k, (r, item) in enumerate(items):
+            is_k = pack.image.sample == k
+            assert is_k.any(1).nonzero().tolist() == [[r]]
+            assert (is_k[:, :cfg.pack.context].sum(), is_k[:, cfg.pack.context:].sum()) == (item.context, item.target)
+            y, x = item.size[0]//p, item.size[1]//p
+            pos = pack.image.pos[is_k].long()
+            order = pos[:, 0]*x + pos[:, 1]
+            assert sorted(order.tolist()) == list(range(y*x))
+            windows = (pos//2).view(-1, 4, 2)
+            assert (windows == windows[:, :1]).all() and (order.view(-1, 4).diff(dim=1) > 0).all()
+            tokens = torch.empty(y*x, p*p*3, dtype=torch.uint8)
+            tokens[order] = pack.image.x[is_k]
+            assert torch.equal(unpatchify(tokens, (y, x), p), resize(pictures.image(item.index), item.size))
+        for ids, a, z in ((pack.context, 0, cfg.pack.context), (pack.target, cfg.pack.context, pack.image.x.shape[1])):
+            assert torch.equal(ids, torch.where(pack.image.sample[:, a:z] >= 0, torch.arange(a, z), -1))
+        assert torch.equal(pack.segment, torch.where(pack.target >= 0, 0, -1))
+
+
+def test_workers_change_nothing():
+    pictures, cfg = Pictures(broken=(3, 11)), config()
+    runs = [list(islice(loader(pictures, cfg, workers=w), 6)) for w in (0, 1, 2)]
+    for a, b, c in zip(*runs): assert_same(a, b), assert_same(a, c)
+    assert any(a.skipped for a in runs[0])
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_resume_in_the_middle(workers):
+    pictures, cfg = Pictures(), config('data.replace=false')
+    whole = list(islice(loader(pictures, cfg), 8))
+    state = json.loads(json.dumps(whole[2].state))
+    for a, b in zip(whole[3:], loader(pictures, cfg, state=state, workers=workers)): assert_same(a, b)
+
+
+def test_ranks_partition_the_rows():
+    pictures, cfg = Pictures(), config()
+    for whole, *parts in islice(zip(loader(pictures, cfg), *(loader(pictures, cfg, rank=r, world=2) for r in (0, 1))), 4):
+        assert sum(p.images for p in parts) == whole.images
+        assert sorted(torch.cat([p.index for p in parts]).tolist()) == sorted(whole.index.tolist())
+        for r, part in enumerate(parts):
+            assert torch.equal(part.pack.image.x, whole.pack.image.x[r::2]) and part.state == whole.state
+            assert sorted(set(part.pack.image.sample.flatten().tolist())-{-1}) == list(range(part.images))
+    with pytest.raises(ValueError, match='pack.rows 4 cannot be shared by 3 devices; pack.rows=6 can'): loader(pictures, cfg, world=3)
+
+
+def test_broken_images():
+    cfg, broken = config(), set(range(0, 64, 7))
+    good, bad = next(loader(Pictures(), cfg)), next(loader(Pictures(broken=broken), cfg))
+    assert bad.images == good.images-len(bad.skipped) and 'damaged' in bad.skipped[0]
+    assert bad.index.tolist() == [i for i in good.index.tolist() if i not in broken]
+    assert bad.pack.image.sample.max() == bad.images-1 and bad.used < good.used and bad.state == good.state
+    for workers in (0, 1):
+        with pytest.raises(DataError, match='^none of the') as e: next(loader(Pictures(broken=range(64)), cfg, workers=workers))
+        assert '\n' not in str(e.value)
+
+
+def test_slots_are_checked_at_the_door():
+    check_slots(make_config({}, ['pack.context=128', 'pack.target=192']))
+    for words, says in ((['pack.target=128'], 'pack.target 128 cannot hold the 192'), (['pack.context=96'], 'pack.context 96 cannot hold the 128')):
+        with pytest.raises(ValueError, match=says): loader(Pictures(), make_config({}, words))
+
+
+def test_pack_iterator_takes_anything_and_ends_well():
+    pictures, cfg = Pictures(40), config()
+    mixed = [Image.fromarray(x.numpy()) if k%3 == 0 else x.numpy() if k%3 == 1 else x.permute(2, 0, 1) for k, x in enumerate(pictures.pixels)]
+    batches = list(pack_iterator(iter(mixed), cfg, seed=2))
+    assert sorted(torch.cat([b.index for b in batches]).tolist()) == list(range(40))
+    for a, b in zip(batches, pack_iterator(pictures.pixels, cfg, seed=2), strict=True): assert_same(a, b)
+    for a, b in zip(batches[1:], pack_iterator(mixed, cfg, seed=2, state=batches[0].state), strict=True): assert_same(a, b)
+    with pytest.raises(ValueError, match='uint8'): list(pack_iterator([np.zeros((32, 32, 3))], cfg))
+    assert list(pack_iterator([], cfg)) == []
+
+
+def test_pack_images_keeps_their_numbers():
+    pictures, cfg = Pictures(20), config()
+    pack = pack_images(pictures.pixels, cfg)
+    assert sorted(set(pack.image.sample.flatten().tolist())-{-1}) == list(range(20))
+    assert torch.equal(pack.image.x, pack_images(pictures.pixels, cfg).image.x)
+
+
+def test_eval_pack():
+    images = [resize(x, ((4+k%3)*4, (3+k%5)*4)) for k, x in enumerate(Pictures(17).pixels)]
+    for slots in (None, 64, 'alone'):
+        tokens = eval_pack(images, 4, slots)
+        for k, image in enumerate(images): assert torch.equal(tokens.x[tokens.sample == k], patchify(image, 4))
+        if slots == 'alone': assert len(tokens.x) == 17
+    with pytest.raises(ValueError, match='does not fit a row of 8'): eval_pack(images, 4, 8)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_streams(tmp_path, workers):
+    pictures, cfg = Pictures(60), config()
+    paths = write_shards((dict(key=f'{k:03}', image=x.permute(2, 0, 1)) for k, x in enumerate(pictures.pixels)), tmp_path/'train-%06d.tar', per_shard=10)
+    paths = [str(p) for p in paths]
+    once = Stream(paths, shuffle=8, replace=False, epochs=1)
+    assert sum(b.images for b in loader(once, cfg, workers=workers)) == 60
+    stream = Stream(paths, shuffle=8)
+    whole = list(islice(loader(stream, cfg, workers=workers), 8))
+    state = json.loads(json.dumps(whole[3].state))
+    for a, b in zip(whole[4:], loader(stream, cfg, state=state, workers=workers)): assert_same(a, b)
+    ranks = [next(loader(stream, cfg, rank=r, world=2, workers=workers)) for r in (0, 1)]
+    assert len(ranks[0].pack.image.x) == 2 and not torch.equal(ranks[0].pack.image.x, ranks[1].pack.image.x)
+    with pytest.raises(DataError, match='streams with data.workers'): loader(stream, cfg, state=state, workers=3)
+
+
+def test_ctrl_c_leaves_no_worker(tmp_path):
+    code = ("import torch\nfrom jepa_nb.config import make_config\nfrom jepa_nb.data import open_source\nfrom jepa_nb.packing import loader\n"
+            "for k, b in enumerate(loader(open_source('scenes', images=20, side=32), make_config(dict(encoder=dict(patch=4), scale=dict(max_side=8), pack=dict(rows=2))), workers=1)):\n"
+            "    if k == 2: print('running', flush=True)\n")
+    run = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        assert run.stdout.readline() == b'running\n'
+        os.killpg(run.pid, signal.SIGINT) # as a terminal does: to everybody
+        run.communicate(timeout=60)
+        assert run.returncode != 0
+        for _ in range(50):
+            try: os.killpg(run.pid, 0)
+            except ProcessLookupError: return
+            time.sleep(.1)
+        raise AssertionError('a loader process lives on')
+    finally:
+        try: os.killpg(run.pid, signal.SIGKILL)
+        except ProcessLookupError: pass
