@@ -220,7 +220,7 @@ def run_notebook(notebook:Path, values:dict, log:Path):
         import papermill
         from jupyter_client.manager import AsyncKernelManager
         class Private(AsyncKernelManager):
-            def __init__(self, **kw): super().__init__(**{**kw, 'transport': 'ipc'})
+            def __init__(self, **kw): super().__init__(**kw | dict(transport='ipc', connection_file=f'{d}/kernel.json'))
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
             papermill.execute_notebook(notebook, log, values, kernel_name='python3', kernel_manager_class=Private, cwd='.',

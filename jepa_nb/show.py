@@ -79,6 +79,7 @@ def show_images(
     cols = max(1, min(cols, n))
     rows = max(1, math.ceil(n/cols))
     extra = .16*max(str(t).count('\n')+1 for t in titles) if titles is not None and n else 0
+    plt.switch_backend(plt.get_backend()) # load it now: what it sets inside an rc_context is undone at the end
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(rows, cols, figsize=(cols*size, rows*(size+extra)), squeeze=False)
         for ax in axes.flat: ax.axis('off')
