@@ -302,7 +302,7 @@ def find_runs(
         return found
     found = [at(p) for p in ([given] if isinstance(given, (str, Path)) else given)]
     for p in found:
-        if not weights_file(p): raise RunError(f"{p}: no checkpoint there; `jepa_nb train RECIPE --out {p}` makes one")
+        if not weights_file(p): raise RunError(f"{short(p)}: no checkpoint there; `jepa_nb train RECIPE --out {short(p)}` makes one")
     return found
 
 def read_probe(
@@ -312,7 +312,7 @@ def read_probe(
     path = at(path)
     for p in ((path,) if path.is_file() else (path/'eval'/'probe.json', path/'probe.json')):
         if p.is_file(): return json.loads(p.read_text())
-    raise RunError(f"{path}: not evaluated; `jepa_nb eval {path}` does it")
+    raise RunError(f"{short(path)}: not evaluated; `jepa_nb eval {short(path)}` does it")
 
 def read_baselines(
     runs,             # run folders

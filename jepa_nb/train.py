@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PARTS', 'FREE', 'lr_at', 'beta_at', 'param_groups', 'make_optimizer', 'RunError', 'sha256', 'new_folder',
            'write_json', 'save_checkpoint', 'checkpoints', 'verify', 'newest', 'random_model', 'load_weights',
-           'open_run', 'ship', 'only_writer', 'die_with_parent', 'Stop', 'Place', 'pick_device', 'place_of',
-           'matmul_error', 'arithmetic', 'seeded', 'to_device', 'Meter', 'cut_log', 'read_log', 'feature_signs',
-           'same_config', 'data_print', 'begin', 'update', 'Guard', 'train', 'finished', 'Book']
+           'open_run', 'ship', 'only_writer', 'Stop', 'Place', 'pick_device', 'place_of', 'matmul_error', 'arithmetic',
+           'seeded', 'to_device', 'Meter', 'cut_log', 'read_log', 'feature_signs', 'same_config', 'data_print', 'begin',
+           'update', 'Guard', 'train', 'finished', 'Book']
 
 # %% ../nbs/32_train.ipynb #4dc4d1c4
 import fcntl
@@ -286,15 +286,7 @@ def only_writer(
         yield
     finally: open_fds.clear(); os.close(fd)
 
-# %% ../nbs/32_train.ipynb #c254d7ad
-def die_with_parent(poll:float=.2):
-    "End this process, at once, when the process that started it is gone."
-    parent = os.getppid()
-    def watch():
-        while os.getppid() == parent: time.sleep(poll)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
+# %% ../nbs/32_train.ipynb #0f83a955
 class Stop:
     "Remembers the first SIGINT or SIGTERM, so that the step can be finished; a second one has its ordinary effect."
     signum = 0
@@ -502,7 +494,6 @@ def train(
     progress:bool=True,  # a bar on a terminal, a line per log line elsewhere
 )->Path:                 # the run folder
     "Train to `cfg.run.steps`: batch, loss, backward, step, teacher, log, save."
-    if os.environ.get('JEPA_NB_GRAPH'): die_with_parent()
     run = Path(out)
     with place_of(cfg) as place, (only_writer(run) if place.rank == 0 else nullcontext()), Stop() as stop:
         if finished(run, cfg): return run

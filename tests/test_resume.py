@@ -143,9 +143,9 @@ def test_second_writer_waits(tmp_path):
 def test_dies_with_its_graph(tmp_path):
     cfg = tiny('run.steps=5000')
     save_config(cfg, tmp_path/'r.yaml')
-    job = f"from jepa_nb.config import load_config; from jepa_nb.train import train; train(load_config({str(tmp_path/'r.yaml')!r}), {str(tmp_path/'run')!r})"
-    graph = subprocess.Popen([sys.executable, '-c', f"import subprocess, sys; subprocess.run([sys.executable, '-c', {job!r}])"],
-                             cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT), JEPA_NB_GRAPH='1', OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL)
+    job = f"from jepa_nb.cli import join_graph; join_graph(); from jepa_nb.config import load_config; from jepa_nb.train import train; train(load_config({str(tmp_path/'r.yaml')!r}), {str(tmp_path/'run')!r})"
+    graph = subprocess.Popen([sys.executable, '-c', f"import os, subprocess, sys; os.environ['JEPA_NB_PARENT'] = str(os.getpid()); subprocess.run([sys.executable, '-c', {job!r}])"],
+                             cwd=tmp_path, env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL)
     wait_for(tmp_path/'run/.lock')
     while not (pid := (tmp_path/'run/.lock').read_text().strip()): time.sleep(.02)
     graph.kill(); graph.wait()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,8 +52,7 @@ def main():
     start = time.time()
     script = VENV/'bin/pip' # scripts name their interpreter by its full path, so a moved folder needs a new environment
     if version(python) is None or not script.exists() or f'#!{python}' not in script.read_text():
-        try: import ensurepip, venv # noqa: F401, I001
-        except ImportError: stop("Python's venv module is missing; on Debian or Ubuntu: apt install python3-venv")
+        if not (find_spec('venv') and find_spec('ensurepip')): stop("Python's venv module is missing; on Debian or Ubuntu: apt install python3-venv")
         if subprocess.run([sys.executable, '-m', 'venv', '--clear', VENV]).returncode: stop(f'could not make {VENV}')
     v = version(python)
     print(f"setup: installing into .venv with the pins of {PINS.name} (Python {v[0]}.{v[1]}, about 1.5 minutes)", flush=True)
