@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,6 +222,8 @@ def run_notebook(notebook:Path, values:dict, log:Path):
         from jupyter_client.manager import AsyncKernelManager
         class Private(AsyncKernelManager):
             def __init__(self, **kw): super().__init__(**kw | dict(transport='ipc', connection_file=f'{d}/kernel.json'))
+            async def _async_launch_kernel(self, command, **kw): # what cells print comes another way; this is the kernel's own chatter
+                await super()._async_launch_kernel(command, **kw | dict(stderr=subprocess.DEVNULL))
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
             papermill.execute_notebook(notebook, log, values, kernel_name='python3', kernel_manager_class=Private, cwd='.',
@@ -271,7 +274,11 @@ def scenes(out, **kw):
 def ship(run, out):
     "Write the small form of RUN's newest checkpoint (bfloat16, config, checksums) and its evaluation to the folder OUT."
     from jepa_nb.train import ship
-    click.echo(ship(run, out))
+    folder = ship(run, out)
+    for f in Path(run).glob('eval/probe.*'):
+        (folder/'eval').mkdir(exist_ok=True)
+        shutil.copy(f, folder/'eval')
+    click.echo(folder)
 
 # %% ../nbs/51_cli.ipynb #4d61eb65
 @contextmanager

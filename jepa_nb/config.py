@@ -10,6 +10,7 @@ __all__ = ['Count', 'Whole', 'Positive', 'NonNeg', 'Fraction', 'Share', 'Beta', 
 
 # %% ../nbs/00_config.ipynb #d7e89c4a
 import difflib
+import os
 from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -237,7 +238,8 @@ def _words(words):
         d = {}; here = d
         *groups, last = name.strip().split('.')
         for g in groups: here = here.setdefault(g, {})
-        here[last] = yaml.safe_load(value)
+        try: here[last] = yaml.safe_load(value)
+        except yaml.YAMLError: raise ConfigError(f"{w!r}: the value is not YAML; in quotes it is a text: {name}='\"...\"'") from None
         out = _merge(out, d)
     return out
 
@@ -261,10 +263,12 @@ def load_config(
     path = Path(path)
     if not path.is_file(): raise ConfigError(f"{path}: no such recipe")
     try: d = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as e: raise ConfigError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ConfigError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(d or {}, dict): raise ConfigError(f"{path}: a recipe is a mapping of groups to settings, not {type(d).__name__}")
     return make_config(d, words, where=f'{path}: ')
 
 def save_config(cfg:Config, path:str|Path):
     "Write every setting, defaults too."
-    Path(path).write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
+    tmp = Path(path).with_name(f'.tmp-{Path(path).name}')
+    tmp.write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
+    os.replace(tmp, path)  # whole or not at all: a run that is killed here must still be able to go on

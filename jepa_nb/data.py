@@ -112,7 +112,8 @@ def _rgb(im):
         grey = (np.asarray(im).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
         return np.repeat(grey[..., None], 3, 2)
     if im.mode == 'P' and 'transparency' in im.info: im = im.convert('RGBA')
-    return np.array(im.convert('RGB')) # transparency is dropped, not blended
+    if im.mode != 'RGB': im = im.convert('RGB') # transparency is dropped, not blended
+    return np.frombuffer(bytearray(im.tobytes()), np.uint8).reshape(im.height, im.width, 3) # one copy less than np.array(im)
 
 # %% ../nbs/11_data.ipynb #cc095c2c
 def _with_pillow(data):
@@ -444,7 +445,8 @@ class Source:
 def _files(path, split):
     "Files of a glob or brace pattern, or of a folder of shards `split-*.tar`."
     pattern = f'{escape(str(path))}/{split}-*.tar*' if Path(path).is_dir() else str(path)
-    found = chain(*(sorted(glob(p, recursive=True)) for p in braceexpand(pattern)))
+    twin = lambda p: p[:-3] if p.endswith('.tar.gz') else f'{p}.gz' # a recipe means the same shards, packed or not
+    found = chain(*(sorted(glob(p, recursive=True) or glob(twin(p), recursive=True)) for p in braceexpand(pattern)))
     if Path(path).is_file(): found = [path]
     out = [Path(f) for f in dict.fromkeys(found) if re.search(r'[.](tar|tar[.]gz|tgz)$', str(f))]
     if out: return out
@@ -894,7 +896,9 @@ def shards_from_scenes(
 )->dict:               # images, left_out, skipped, shards
     "Shards of rendered scenes: image, depth, objects, label, count, distance."
     start = 0 if name == 'train' else TEST_FROM
-    note = dict(kind='scenes', side=side, seed=seed, style=style, start=start, classes=scene_classes(style))
+    try: scene_sizes(seed, [start], side); classes = scene_classes(style)
+    except ValueError as e: raise DataError(f"scenes: {e}") from None
+    note = dict(kind='scenes', side=side, seed=seed, style=style, start=start, classes=classes)
     make = lambda i: scene_sample(seed, i, side, style)
     return make_shards(out, name, list(range(start, start+images)), make, note, per_shard, progress)
 

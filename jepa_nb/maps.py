@@ -21,7 +21,7 @@ from .config import Config
 from .data import BadImage
 from .jepa import JEPA
 from .packing import pack_iterator
-from .probes import square
+from .probes import square, tell_skipped
 from .train import to_device
 
 # %% ../nbs/41_maps.ipynb #d47415a8
@@ -107,7 +107,7 @@ def open_images(source, indices)->Iterator[Tensor]:
     "Images one after the other; one that cannot be decoded is left out."
     for i in indices:
         try: yield source.image(int(i))
-        except BadImage: continue
+        except BadImage as e: tell_skipped(str(e))
 
 def some(source, images:int|None, seed:int=0)->np.ndarray:
     "Indices of `images` images drawn at random, in order; all when there are not so many."
@@ -171,7 +171,7 @@ def open_squares(source, indices, side:int, shown:list)->Iterator[Tensor]:
     "Square images one after the other; `shown` collects the indices of those that can be decoded."
     for i in indices:
         try: image = source.image(int(i))
-        except BadImage: continue
+        except BadImage as e: tell_skipped(str(e)); continue
         shown.append(int(i))
         yield square(image, side)
 

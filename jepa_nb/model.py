@@ -9,20 +9,16 @@ __all__ = ['Encoder', 'Predictor']
 import torch
 from torch import Tensor, nn
 
-from .layers import Block, Layout, layout, rope2d
+from .layers import Block, Layout, apply_norm, layout, rope2d
 from .moe import mlp as make_mlp
 from .norms import RunningNorm, norm
 from .patches import Tokens, to_unit
 
-# %% ../nbs/23_model.ipynb #624424b5
-def _sum(losses)->Tensor|None:
+# %% ../nbs/23_model.ipynb #fca75005
+def _mean(losses)->Tensor|None:
     "Mean of the layers' own losses, None where there are none."
     losses = [l for l in losses if l is not None]
     return torch.stack(losses).mean() if losses else None
-
-def _apply(norm:nn.Module, x:Tensor, lay:Layout)->Tensor: # [n d] -> [n d]
-    "A norm on flat tokens; running statistics skip padding."
-    return norm(x, lay.is_real) if isinstance(norm, RunningNorm) else norm(x)
 
 # %% ../nbs/23_model.ipynb #02d8fbec
 class Encoder(nn.Module):
@@ -61,12 +57,12 @@ class Encoder(nn.Module):
             x, loss = block(x, rope, lay)
             hidden = hidden + [x] if keep else [x]
             losses.append(loss)
-        return hidden, lay, _sum(losses)
+        return hidden, lay, _mean(losses)
 
     def features(self, tokens:Tokens, form:str='auto')->tuple[Tensor,Tensor|None]: # [b n d], loss of the experts
         "Features behind the output norm, zero at padding."
         hidden, lay, loss = self.trunk(tokens, form)
-        return lay.rows(_apply(self.norm, hidden[-1], lay)), loss
+        return lay.rows(apply_norm(self.norm, hidden[-1], lay)), loss
 
     def forward(self, tokens:Tokens, form:str='auto')->Tensor: # [b n d]
         return self.features(tokens, form)[0]
@@ -108,17 +104,22 @@ class Predictor(nn.Module):
         "Predict at every target slot that is not padding (dense form: at every slot)."
         c, t = context.sample.shape[1], target.sample.shape[1]
         lay = layout(torch.cat((context.sample, target.sample), 1), form)
-        slot = torch.arange(lay.shape[0]*(c+t), device=z.device) if lay.order is None else lay.order
-        row, column = slot.div(c+t, rounding_mode='floor'), slot%(c+t)
-        is_context = column < c
-        where = (row*c + column)[is_context]                      # context slots, in the order of the flat tokens
-        x = self.embed(z.index_select(0, source.flatten()[where].clamp(min=0)))
-        x = self.mask.to(x.dtype).repeat(len(slot), 1).index_copy(0, is_context.nonzero().squeeze(1), x)
+        if lay.order is None: # static shapes: contexts and targets stay where they are in the row
+            x = self.embed(z.index_select(0, source.flatten().clamp(min=0))).unflatten(0, source.shape)
+            x = torch.cat((x, self.mask.to(x.dtype).expand(*target.sample.shape, -1)), 1).flatten(0, 1)
+        else:
+            row, column = lay.order.div(c+t, rounding_mode='floor'), lay.order%(c+t)
+            where = (row*c + column)[column < c]                  # context slots, in the order of the flat tokens
+            x = self.embed(z.index_select(0, source.flatten()[where]))
+            x = self.mask.to(x.dtype).repeat(len(lay.order), 1).index_copy(0, (column < c).nonzero().squeeze(1), x)
         rope = rope2d(lay.flat(torch.cat((context.pos, target.pos), 1)), self.dim//self.heads)
         losses = []
         for block in self.blocks:
             x, loss = block(x, rope, lay)
             losses.append(loss)
-        is_target = ~is_context
-        x = x.index_select(0, is_target.nonzero().squeeze(1))
-        return self.out(self.norm(x)), (row*t + column - c)[is_target], _sum(losses)
+        if lay.order is None: # its slots are all there are
+            x, slot = x.unflatten(0, lay.shape)[:, c:].flatten(0, 1), torch.arange(lay.shape[0]*t, device=x.device)
+            real = (target.sample.flatten() >= 0) if isinstance(self.norm, RunningNorm) else None
+        else: x, slot, real = x.index_select(0, (column >= c).nonzero().squeeze(1)), (row*t + column - c)[column >= c], None
+        x = self.norm(x) if real is None else self.norm(x, real)
+        return self.out(x), slot, _mean(losses)

@@ -76,9 +76,10 @@ def by_choice(moe:DiffMoE, x:Tensor, gate:Tensor, lay:Layout)->tuple[Tensor,Tens
 
 @torch.no_grad()
 def follow_threshold(moe:DiffMoE, p:Tensor, k:int, lay:Layout): # p [n e]
-    "Move each expert's threshold towards the k-th largest answer."
+    "Move each expert's threshold towards the k-th largest answer: halfway to the next, so that rounding cannot turn a choice."
     if lay.is_real is not None and not moe.capacity_padding: p = p.masked_fill(~lay.is_real[:, None], 0.)
-    kth = p.topk(k, dim=0).values[-1]
+    top = p.topk(min(k+1, len(p)), dim=0).values
+    kth = top[k-1] if moe.capacity_padding else (top[k-1]+top[-1])/2 # differs from FN's code, which takes the k-th itself
     moe.threshold.lerp_(kth, torch.where(moe.seen, 1-moe.beta, 1.).to(kth)); moe.seen.fill_(True)
 
 def by_threshold(moe:DiffMoE, x:Tensor, gate:Tensor, lay:Layout)->Tensor: # [n d] -> [n d]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from .config import ConfigError
 from .data import BadImage, DataError, Stream, decode
 from .masks import Split, context_range, context_windows, window_ids
 from .patches import Tokens, positions, resize, scaled_size, side_at
@@ -100,7 +101,7 @@ def check_slots(cfg):
     ranges = [(n, *context_range(n, cfg.masks, side**2)) for n in range(2, (side//w)**2+1)]
     (c, nc), (t, nt) = max((hi*w*w, n) for n, lo, hi in ranges), max(((n-lo)*w*w, n) for n, lo, hi in ranges)
     for slots, need, n, name, keep in ((cfg.pack.context, c, nc, 'context', 'keep_max'), (cfg.pack.target, t, nt, 'target', 'keep_min')):
-        if need > slots: raise ValueError(f"pack.{name} {slots} cannot hold the {need} {name} patches of an image of {n*w*w} patches "
+        if need > slots: raise ConfigError(f"pack.{name} {slots} cannot hold the {need} {name} patches of an image of {n*w*w} patches "
                                           f"at masks.{keep} {getattr(cfg.masks, keep)}; pack.{name}={need} can")
 
 # %% ../nbs/14_packing.ipynb #56d094ef

@@ -268,20 +268,23 @@ def only_writer(
     poll:float=.5,      # seconds between looks
 ):
     "Hold `run/.lock`; while another process has it, wait and say so."
-    run = Path(run)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        fd = os.open(run/'.lock', os.O_RDWR|os.O_CREAT|os.O_CLOEXEC, 0o644)
-    except OSError as e: raise RunError(f"{run}: cannot be written: {e.strerror}") from None
+    run, said, lock = Path(run), False, Path(run)/'.lock'
+    while True:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            fd = os.open(lock, os.O_RDWR|os.O_CREAT|os.O_CLOEXEC, 0o644)
+        except OSError as e: raise RunError(f"{run}: cannot be written: {e.strerror}") from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(lock)): break # else the folder was moved aside while this process waited
+        except FileNotFoundError: pass
+        except BlockingIOError:
+            if not said: _say(f"waiting for process {os.pread(fd, 20, 0).decode().strip() or '?'}, which writes to {run}")
+            said = True
+        os.close(fd); time.sleep(poll)
     open_fds = [fd]
     os.register_at_fork(after_in_child=lambda: [os.close(f) for f in open_fds]) # forked workers would keep the lock alive
     try:
-        said = False
-        while True:
-            try: fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB); break
-            except BlockingIOError:
-                if not said: _say(f"waiting for process {os.pread(fd, 20, 0).decode().strip() or '?'}, which writes to {run}")
-                said = True; time.sleep(poll)
         os.ftruncate(fd, 0); os.pwrite(fd, f'{os.getpid()}\n'.encode(), 0)
         yield
     finally: open_fds.clear(); os.close(fd)
@@ -310,11 +313,21 @@ class Place(NamedTuple):
         "Sum over processes, in place."
         if self.world > 1: dist.all_reduce(t)
         return t
+    def agree(self, answer):
+        "The first process's answer, everywhere."
+        said = [answer]
+        if self.world > 1: dist.broadcast_object_list(said, device=self.device if self.device.type == 'cuda' else None)
+        return said[0]
 
 def pick_device(name:str='auto')->torch.device:
     "cuda, then mps, then cpu."
-    if name != 'auto': return torch.device(name)
-    return torch.device('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
+    there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if name != 'auto':
+        try: device = torch.device(name)
+        except RuntimeError: raise ConfigError(f"run.device={name}: no such device; there are auto, {', '.join(there)}") from None
+        if not there.get(device.type, True): raise ConfigError(f"run.device={name}: not to be had on this machine; auto takes the best there is")
+        return device
+    return torch.device(next(k for k in ('cuda', 'mps', 'cpu') if there[k]))
 
 @contextmanager
 def place_of(cfg:Config):
@@ -322,7 +335,7 @@ def place_of(cfg:Config):
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     device = pick_device(cfg.run.device)
     if cfg.pack.rows%world: raise RunError(f"pack.rows {cfg.pack.rows} cannot be shared by {world} processes; a multiple of {world} can")
-    if device.type == 'cuda': device = torch.device('cuda', local); torch.cuda.set_device(device)
+    if device.type == 'cuda': device = torch.device('cuda', local if world > 1 or device.index is None else device.index); torch.cuda.set_device(device)
     if world > 1: dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     try: yield Place(rank, world, device)
     finally:
@@ -409,7 +422,7 @@ def read_log(run:str|Path)->dict:
     "The log of a run as columns."
     path = Path(run)/'log.jsonl'
     if not path.is_file(): raise RunError(f"{path}: no log; make one with `jepa_nb train RECIPE --out {run}`")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')] # a run may be writing the last
     return {k:[d.get(k) for d in lines] for k in (lines[0] if lines else {})}
 
 @torch.no_grad()
@@ -450,10 +463,9 @@ def begin(
     "A new run, or the newest whole checkpoint of one."
     jepa = random_model(cfg).to(place.device).train()
     opt = make_optimizer(jepa, cfg.optim)
-    found = [newest(run) if place.rank == 0 else None]
-    if place.world > 1: dist.broadcast_object_list(found, device=place.device if place.device.type == 'cuda' else None)
-    if not found[0]: return jepa, opt, dict(step=0, images=0, seconds=0., data=data, planner=None, meter=None)
-    folder, state = found[0]
+    found = place.agree(newest(run) if place.rank == 0 else None)
+    if not found: return jepa, opt, dict(step=0, images=0, seconds=0., data=data, planner=None, meter=None)
+    folder, state = found
     same_config(run, load_config(folder/'config.yaml'), cfg)
     if data != state['data']: raise RunError(f"{run}: the images have changed since it was begun (number, sizes or order); choose another folder")
     load_weights(jepa, folder/'model.safetensors')
@@ -496,7 +508,7 @@ def train(
     "Train to `cfg.run.steps`: batch, loss, backward, step, teacher, log, save."
     run = Path(out)
     with place_of(cfg) as place, (only_writer(run) if place.rank == 0 else nullcontext()), Stop() as stop:
-        if finished(run, cfg): return run
+        if place.agree(finished(run, cfg) if place.rank == 0 else None): return run # only the first holds the lock
         device, facts = place.device, arithmetic(cfg, place.device)
         source = open_data(cfg.data)
         jepa, opt, state = begin(cfg, run, place, data_print(source))

@@ -133,6 +133,13 @@ def test_cut_shard_keeps_what_is_whole(tmp_path, packed, share):
     for i in range(len(s)): assert s.image(i).shape == (40, 56, 3)
     assert s.skipped and any('cut' in why for _, why in s.skipped)
 
+@pytest.mark.parametrize('named', ['train-*.tar', 'train-*.tar.gz', 'train-{000000..000001}.tar', 'train-{000000..000001}.tar.gz'])
+@pytest.mark.parametrize('packed', [False, True])
+def test_a_recipe_means_shards_packed_or_not(tmp_path, packed, named):
+    for p in write_shards(samples(8), tmp_path/'train-%06d.tar', per_shard=4):
+        if packed: p.with_name(p.name+'.gz').write_bytes(gzip.compress(p.read_bytes())); p.unlink()
+    assert len(open_source('shards', str(tmp_path/named))) == 8
+
 def test_bad_members(tmp_path):
     p, good = tmp_path/'a.tar', samples(6)
     bad = [dict(key='broken', jpg=file()[:600], cls=1), dict(key='text', jpg=b'hello', cls=1), dict(key='lone', cls=3), good[2]]

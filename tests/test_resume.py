@@ -1,9 +1,11 @@
 "A run that is stopped, killed or damaged goes on as if nothing had happened, or says why not."
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from jepa_nb.config import ConfigError, make_config, save_config
-from jepa_nb.train import RunError, checkpoints, open_run, read_log, sha256, train
+from jepa_nb.train import RunError, checkpoints, only_writer, open_run, read_log, sha256, train
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(
@@ -139,6 +141,19 @@ def test_second_writer_waits(tmp_path):
     assert f'waiting for process {a.pid}, which writes to' in err_b
     steps = read_log(tmp_path/'run')['step']
     assert steps == sorted(set(steps))
+
+def test_a_lock_that_was_moved_aside_counts_no_more(tmp_path):
+    run, entered, leave = tmp_path/'run', threading.Event(), threading.Event()
+    def second():
+        with only_writer(run, poll=.02): entered.set(); leave.wait(60)
+    with only_writer(run):
+        t = threading.Thread(target=second); t.start(); time.sleep(.2)
+        assert not entered.is_set()
+        run.rename(tmp_path/'run.old-1')
+    assert entered.wait(60)
+    try:
+        with open(run/'.lock') as f, pytest.raises(BlockingIOError): fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+    finally: leave.set(); t.join()
 
 def test_dies_with_its_graph(tmp_path):
     cfg = tiny('run.steps=5000')
