@@ -15,7 +15,6 @@ import fcntl
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -94,7 +93,7 @@ def figure_notebook(stem:str)->Path:
 # %% ../nbs/51_cli.ipynb #ffc36412
 def words_of(settings:dict)->list[str]:
     "`{'run.steps': 20}` as the words of a command line."
-    return [f'{k}={yaml.safe_dump(v, default_flow_style=True).splitlines()[0]}' for k, v in settings.items()]
+    return [f'{k}={yaml.safe_dump(v, default_flow_style=True, width=10**6).splitlines()[0]}' for k, v in settings.items()]
 
 def read_tier(
     path:str|Path,  # params/<tier>.yaml
@@ -106,17 +105,23 @@ def read_tier(
     try: tier = yaml.safe_load(path.read_text())
     except yaml.YAMLError as e: raise CliError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
     try:
+        if not isinstance(tier, dict): raise CliError("a tier is a mapping of entries, such as runs and figures")
+        if missing := {'tier', 'runs', 'figures', 'data'}-set(tier): raise CliError(f"has no {', '.join(sorted(missing))}")
+        if tier['tier'] != path.stem: raise CliError(f"tier: is {tier['tier']!r}, but the file's name says {path.stem!r}; outputs go by it")
         for k, v in tier.items():
             known('entry of a tier', k, TIER_KEYS)
             if not isinstance(v, TIER_KEYS[k]): raise CliError(f"{k}: should be a {TIER_KEYS[k].__name__}, not {v!r}")
         for name, run in tier['runs'].items():
+            if not isinstance(run, dict) or 'recipe' not in run: raise CliError(f"run {name}: needs a recipe, e.g. {{recipe: params/train/fn_tiny_dyntanh.yaml}}")
             for k in run: known(f'entry of run {name}', k, ('recipe', 'seeds', 'settings'))
             load_config(run['recipe'], words_of(tier.get('settings', {}) | run.get('settings', {})))
         for stem, fig in tier['figures'].items():
+            if not isinstance(fig, dict): raise CliError(f"figure {stem}: should be a mapping of runs and params, not {fig!r}")
             for k in fig: known(f'entry of figure {stem}', k, ('runs', 'data', 'params'))
             names = figure_parameters(figure_notebook(stem))
             for k in (*fig.get('runs', {}), *fig.get('params', {})): known(f'parameter of {stem}', k, names)
-            for r in fig.get('runs', {}).values(): known('run', r, tier['runs'])
+            for given in fig.get('runs', {}).values():
+                for r in given if isinstance(given, list) else [given]: known('run', r, tier['runs'])
     except (CliError, ConfigError) as e: raise CliError(f"{path}: {str(e).removeprefix(f'{path}: ')}") from None
     return tier
 
@@ -175,7 +180,8 @@ def move_aside(
 @click.option('--test', 'test_data', metavar='DATA', help="Labelled images that it is tested on; default the test half of the run's own.")
 @click.option('--out', metavar='FILE', help='Default: eval/probe.json in the run folder.')
 @click.option('--side', type=int, help='Pixels; default the largest side of training.')
-@click.option('--epochs', type=int, default=50, show_default=True)
+@click.option('--solver', type=click.Choice(['lbfgs', 'adam']), default='lbfgs', show_default=True, help="Of the probe: to convergence, or the paper's.")
+@click.option('--epochs', type=int, default=50, show_default=True, help='With adam.')
 @click.option('--train-images', type=int, help='Use at most so many.')
 @click.option('--test-images', type=int)
 @click.option('--released', is_flag=True, help="As the authors' code probes: AdamW, features not standardised.")
@@ -241,12 +247,17 @@ def data(): "Make shards, which are what training reads."
 @data.command()
 @click.argument('folder')
 @click.argument('out')
-@click.option('--max-side', type=int, default=256, show_default=True, help='Longer sides are shrunk to this, aspect kept.')
-@click.option('--quality', type=int, default=90, show_default=True, help='Of the JPEGs.')
+@click.option('--max-side', type=click.IntRange(1), default=256, show_default=True, help='Longer sides are shrunk to this, aspect kept.')
+@click.option('--quality', type=click.IntRange(1, 100), default=90, show_default=True, help='Of the JPEGs.')
+@click.option('--split', 'name', type=click.Choice(['train', 'test']), default='train', show_default=True, help='How the shards are called.')
 def shards(folder, out, **kw):
     "Shards of the images in FOLDER; sub-folders are classes."
     from jepa_nb.data import shards_from_folder
-    shards_from_folder(folder, out, **kw)
+    made = shards_from_folder(folder, out, **kw)
+    said = f"{out}: {made['images']} images in {len(made['shards'])} shards"
+    if made['left_out']: said += f"; {made['left_out']} left out, the first: {made['skipped'][0][1] if made['skipped'] else 'in an earlier run'}"
+    if not made['images']: raise CliError(said)
+    click.echo(said)
 
 @data.command()
 @click.argument('out')
@@ -274,11 +285,7 @@ def scenes(out, **kw):
 def ship(run, out):
     "Write the small form of RUN's newest checkpoint (bfloat16, config, checksums) and its evaluation to the folder OUT."
     from jepa_nb.train import ship
-    folder = ship(run, out)
-    for f in Path(run).glob('eval/probe.*'):
-        (folder/'eval').mkdir(exist_ok=True)
-        shutil.copy(f, folder/'eval')
-    click.echo(folder)
+    click.echo(ship(run, out))
 
 # %% ../nbs/51_cli.ipynb #4d61eb65
 @contextmanager

@@ -259,6 +259,7 @@ def ship(
         save_file(_cpu(small), tmp/'model.safetensors')
         save_config(cfg, tmp/'config.yaml')
         (tmp/'SHA256SUMS').write_text(''.join(f'{sha256(tmp/n)}  {n}\n' for n in ('config.yaml', 'model.safetensors')))
+        if (Path(run)/'eval').is_dir(): shutil.copytree(Path(run)/'eval', tmp/'eval') # what is known about it travels along
     return out
 
 # %% ../nbs/32_train.ipynb #3cab0bc7-2
