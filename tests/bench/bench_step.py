@@ -50,8 +50,8 @@ def main():
     a = p.parse_args()
     words = [*a.words, *([f'data.path={a.data}', 'data.kind=shards'] if a.data else [])]
     if a.recipe and '=' in a.recipe: a.recipe, words = None, [a.recipe, *words]
-    base = dict(data=dict(images=500, side=64), scale=dict(min_side=4, max_side=16), pack=dict(rows=2), encoder=dict(patch=4, dim=192, depth=6, heads=3),
-                predictor=dict(dim=128, depth=3, heads=2), run=dict(threads=1))
+    base = dict(data=dict(images=500, side=64), scale=dict(min_side=4, max_side=8), pack=dict(rows=4), encoder=dict(patch=8, dim=192, depth=6, heads=3),
+                predictor=dict(dim=96, depth=3, heads=3), run=dict(threads=1))
     cfg = load_config(a.recipe, words) if a.recipe else make_config(base, words)
     device = pick_device(cfg.run.device)
     torch.set_num_threads(cfg.run.threads or torch.get_num_threads()); torch.set_float32_matmul_precision(cfg.run.matmul)
