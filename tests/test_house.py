@@ -88,3 +88,8 @@ def test_recipe_promises(path):
     head = ' '.join(line for line in path.read_text().splitlines() if line.startswith('#'))
     assert 'ublished' in head and 'figures/' in head
     assert load_config(path).run.name == path.stem
+
+
+def test_readme_quotes_the_figures():
+    r = subprocess.run([sys.executable, 'workflow/readme.py', '--check'], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
