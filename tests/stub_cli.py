@@ -18,13 +18,14 @@ if verb == 'data':
     for k in range(-(-images//1000)): (out/f'{split}-{k:06d}.tar').write_text(' '.join(words))
 elif verb == 'train':
     out, steps = Path(given['--out']), int(os.environ.get('STUB_STEPS', 1))
+    if '--from' in given and not Path(given['--from']).parents[1].joinpath('done.json').exists(): sys.exit(f"{given['--from']}: not there yet")
     out.mkdir(parents=True, exist_ok=True)
     done = len((out/'steps').read_text().split()) if (out/'steps').exists() else 0
     for _ in range(done, steps):
         with open(out/'steps', 'a') as f: f.write(f'{os.getpid()}\n')
         time.sleep(.1)
     (out/'done.json').write_text('{}')
-elif verb == 'eval':
+elif verb in ('eval', 'ranks'):
     Path(given['--out']).parent.mkdir(parents=True, exist_ok=True)
     Path(given['--out']).write_text(' '.join(words))
 elif verb == 'figure':
