@@ -95,7 +95,7 @@ def draw_size(
     s = side_at(size, rng.random(), scale.min_side*patch, scale.max_side*patch)
     return scaled_size(size, s, patch, window, scale.max_side, scale.rounding)
 
-# %% ../nbs/12_patches.ipynb #247608c8
+# %% ../nbs/12_patches.ipynb #dd325588
 def resize(
     image:Tensor,        # [H W 3] uint8, contiguous
     size:tuple[int,int], # (H, W) pixels
@@ -106,12 +106,13 @@ def resize(
     return x.permute(0,2,3,1)[0]
 
 def to_unit(
-    x:Tensor, # uint8 pixels
-)->Tensor:    # float32 in [-1, 1]
-    "Bytes to the model's range, in float32: bfloat16 has no room for 256 grey levels (FN's code divides after rounding)."
-    return x.float()/127.5 - 1
+    x:Tensor,              # uint8 pixels
+    dtype:str='float32',   # 'bfloat16': FN's code, which rounds before it divides
+)->Tensor:                 # float32 in [-1, 1]
+    "Bytes to the model's range; bfloat16 has no room for 256 grey levels."
+    return x.float()/127.5 - 1 if dtype == 'float32' else (x.bfloat16()/255*2 - 1).float()
 
-# %% ../nbs/12_patches.ipynb #dd325588
+# %% ../nbs/12_patches.ipynb #0aa29ed2
 def centre_crop(
     image:Tensor, # [H W 3]
 )->Tensor:        # [s s 3], s the shorter side

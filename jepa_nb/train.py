@@ -131,7 +131,7 @@ def write_json(path:Path, d:dict):
     tmp.write_text(json.dumps(d, indent=1)+'\n')
     _sync(tmp); os.replace(tmp, path)
 
-# %% ../nbs/32_train.ipynb #a4b1b54e
+# %% ../nbs/32_train.ipynb #c925083c
 def _optim_tensors(model, opt):
     "`{parameter name}.{exp_avg, exp_avg_sq, step}` of every parameter that was updated."
     return {f'{n}.{k}':v for n, p in model.named_parameters() if p in opt.state for k, v in opt.state[p].items()}
@@ -155,7 +155,7 @@ def save_checkpoint(
     cfg:Config,
     state:dict,       # JSON-able; has `step`
 )->Path:              # run/checkpoints/step_00000500
-    "Write a checkpoint, then remove all but the newest `cfg.run.keep`."
+    "Write a checkpoint, then remove all but the newest `cfg.run.keep` and those of the steps `cfg.run.keep_at`."
     folder = Path(run)/'checkpoints'/f"step_{state['step']:08d}"
     with new_folder(folder) as tmp:
         save_file(_cpu(jepa.state_dict()), tmp/'model.safetensors')
@@ -163,7 +163,8 @@ def save_checkpoint(
         save_config(cfg, tmp/'config.yaml')
         state = dict(state, sha256={f.name:sha256(f) for f in sorted(tmp.iterdir())})
         (tmp/'state.json').write_text(json.dumps(dict(state, check=_check(state)), indent=1))
-    for old in checkpoints(run)[:-cfg.run.keep]: shutil.rmtree(old, ignore_errors=True)
+    for old in checkpoints(run)[:-cfg.run.keep]:
+        if int(old.name[5:]) not in cfg.run.keep_at: shutil.rmtree(old, ignore_errors=True)
     return folder
 
 # %% ../nbs/32_train.ipynb #72af46b1
@@ -435,8 +436,8 @@ def feature_signs(jepa:JEPA, pack, amp)->dict:
     jepa.teacher.train(mode)
     return dict(rankme=rankme(z), **{f'feature_{k}':v for k, v in collapse(z).items()})
 
-# %% ../nbs/32_train.ipynb #9b93d490
-FREE = ('run.steps', 'run.keep', 'run.log_every', 'run.save_every', 'run.name', 'data.workers')
+# %% ../nbs/32_train.ipynb #33aa5adf
+FREE = ('run.steps', 'run.epochs', 'run.epoch_images', 'run.step_images', 'run.keep', 'run.keep_at', 'run.log_every', 'run.save_every', 'run.name', 'data.workers')
 
 def _flat(d, prefix=''):
     out = {}
@@ -500,7 +501,7 @@ class Guard:
             raise RunError(f"{run}: the loss or its gradient was not finite in update {step+1}, which was not made; "
                            "the newest checkpoint is from before it; a lower optim.lr or longer optim.warmup may help")
 
-# %% ../nbs/32_train.ipynb #867f6dcb
+# %% ../nbs/32_train.ipynb #b09f0d3f
 def train(
     cfg:Config,
     out:str|Path,        # run folder; a run that is there goes on from its newest whole checkpoint
@@ -543,14 +544,14 @@ def train(
             if last or (step+1)%cfg.run.log_every == 0:
                 guard.check(run)
                 book.line(step, meter, norm, lambda: feature_signs(jepa, pack, amp))
-            if last or stopping or (step+1)%cfg.run.save_every == 0:
+            if last or stopping or (step+1)%cfg.run.save_every == 0 or step+1 in cfg.run.keep_at:
                 guard.check(run)
                 book.save(step, meter, jepa, opt, batch.state)
             if stopping: book.stop(step, stopping)
         book.finish(cfg.run.steps)
     return run
 
-# %% ../nbs/32_train.ipynb #5665576a
+# %% ../nbs/32_train.ipynb #0feb47e4
 def finished(run:Path, cfg:Config)->bool:
     "Whether `run` already has all its steps."
     if not (run/'done.json').is_file(): return False
