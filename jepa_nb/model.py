@@ -20,22 +20,23 @@ def _mean(losses)->Tensor|None:
     losses = [l for l in losses if l is not None]
     return torch.stack(losses).mean() if losses else None
 
-# %% ../nbs/23_model.ipynb #02d8fbec
+# %% ../nbs/23_model.ipynb #55165ab4
 class Encoder(nn.Module):
     "ViT on packed patches with RoPE-2D (FN §2, §8.2); the keywords are the fields of `EncoderConfig`."
     def __init__(self,
         patch:int=16,           # pixels per patch side
         dim:int=384, depth:int=12, heads:int=6,
-        mlp:str='plain',        # or 'diffmoe'
+        mlp:str='plain',        # or 'diffmoe', 'expert_choice'
         mlp_ratio:float=4.,
-        experts:int=16, expert_init:str='fan_in', capacity_padding:bool=False, # diffmoe
+        experts:int=16, expert_init:str='fan_in', capacity_padding:bool=False, # of the experts
         norm_block:str='layernorm',
         norm_out:str='layernorm',# on the features
+        pixels:str='float32',   # in which bytes are scaled
         gelu:str='tanh',
     ):
         super().__init__()
         new_mlp = lambda: make_mlp(mlp, dim, mlp_ratio, experts, gelu, expert_init, capacity_padding)
-        self.patch, self.dim, self.heads = patch, dim, heads
+        self.patch, self.dim, self.heads, self.pixels = patch, dim, heads, pixels
         self.embed = nn.Linear(3*patch**2, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, new_mlp(), norm_block) for _ in range(depth))
         self.norm = norm(norm_out, dim)
@@ -50,7 +51,7 @@ class Encoder(nn.Module):
             raise ValueError(f"patches have {tokens.x.shape[-1]} values; this encoder takes 3*{self.patch}*{self.patch}")
         lay = layout(tokens.sample, form)
         x = lay.flat(tokens.x)
-        x = self.embed(to_unit(x) if x.dtype == torch.uint8 else x)
+        x = self.embed(to_unit(x, self.pixels) if x.dtype == torch.uint8 else x)
         rope = rope2d(lay.flat(tokens.pos), self.dim//self.heads)
         hidden, losses = [x], []
         for block in self.blocks:
@@ -76,7 +77,7 @@ class Encoder(nn.Module):
         hidden, lay, _ = self.trunk(tokens, form, keep=True)
         return [lay.rows(hidden[i]) for i in (range(len(hidden)) if depths is None else depths)]
 
-# %% ../nbs/23_model.ipynb #55165ab4
+# %% ../nbs/23_model.ipynb #2a4fc105
 class Predictor(nn.Module):
     "From context features to target features (FN §3.2.1); the keywords are the fields of `PredictorConfig`."
     def __init__(self,
