@@ -90,7 +90,7 @@ def figure_notebook(stem:str)->Path:
     in_clone()
     return Path('nbs/figures')/(known('figure', stem, sorted(p.stem for p in Path('nbs/figures').glob('*.ipynb')))+'.ipynb')
 
-# %% ../nbs/51_cli.ipynb #ffc36412
+# %% ../nbs/51_cli.ipynb #a30213ce-2
 def words_of(settings:dict)->list[str]:
     "`{'run.steps': 20}` as the words of a command line."
     return [f'{k}={yaml.safe_dump(v, default_flow_style=True, width=10**6).splitlines()[0]}' for k, v in settings.items()]
@@ -113,7 +113,7 @@ def read_tier(
             if not isinstance(v, TIER_KEYS[k]): raise CliError(f"{k}: should be a {TIER_KEYS[k].__name__}, not {v!r}")
         for name, run in tier['runs'].items():
             if not isinstance(run, dict) or 'recipe' not in run: raise CliError(f"run {name}: needs a recipe, e.g. {{recipe: params/train/fn_tiny_dyntanh.yaml}}")
-            for k in run: known(f'entry of run {name}', k, ('recipe', 'seeds', 'settings'))
+            for k in run: known(f'entry of run {name}', k, ('recipe', 'seeds', 'settings', 'baseline'))
             load_config(run['recipe'], words_of(tier.get('settings', {}) | run.get('settings', {})))
         for stem, fig in tier['figures'].items():
             if not isinstance(fig, dict): raise CliError(f"figure {stem}: should be a mapping of runs and params, not {fig!r}")
@@ -379,6 +379,6 @@ def main(
         code = click.echo(f'jepa_nb: {e}', err=True) or 1
     sys.exit(code if isinstance(code, int) else 0)
 
-# %% ../nbs/51_cli.ipynb #a30213ce-2
+# %% ../nbs/51_cli.ipynb #e75d3f6d
 #| eval: false
 if __name__ == '__main__' and __spec__: main() # `python -m jepa_nb.cli`; a notebook has no __spec__
