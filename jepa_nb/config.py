@@ -200,7 +200,7 @@ class OptimConfig:
     decay_all:bool=False   # released: weight decay on norms, biases, alpha and mask token too
     stretch:Annotated[float, Field(ge=1)]=1. # ijepa, weight_decay_end, teacher.ramp null: as if the run were so many times as long
 
-# %% ../nbs/00_config.ipynb #98c6491c
+# %% ../nbs/00_config.ipynb #8e35bda7
 @dataclass(frozen=True, config=STRICT)
 class RunConfig:
     "One training run."
@@ -240,6 +240,7 @@ class Config:
         if self.scale.min_side > largest: raise ValueError(f"scale.min_side {self.scale.min_side} is above scale.max_side {largest}")
         if largest < 2*w: raise ValueError(f"scale.max_side {largest} holds fewer than 2 windows of {w} patches: nothing to predict")
         if self.masks.kind == 'multiblock': return self._check_blocks()
+        if not self.pack.static: raise ValueError("pack.static=false: window masks keep the same slots in every batch; only masks.kind=multiblock can do with fewer")
         for name in ('context', 'target'):
             slots = getattr(self.pack, name)
             if slots%w**2: raise ValueError(f"pack.{name} {slots} is not a multiple of a window's {w**2} patches")
@@ -305,7 +306,7 @@ def _words(words):
         out = _merge(out, d)
     return out
 
-# %% ../nbs/00_config.ipynb #8e35bda7
+# %% ../nbs/00_config.ipynb #149ddcf0
 def make_config(
     d:dict,             # nested, as in a recipe
     words=(),           # 'group.name=value', laid over it

@@ -7,7 +7,7 @@ __all__ = ['TRIES', 'window_context', 'context_range', 'context_windows', 'Split
            'drawn_size', 'block_sizes', 'target_sizes', 'context_aspect', 'context_sizes', 'least_kept', 'check_blocks',
            'rectangle', 'place_blocks', 'multiblock_splits', 'reference_block', 'reference_splits']
 
-# %% ../nbs/13_masks.ipynb #3c7b7359
+# %% ../nbs/13_masks.ipynb #21222ff5
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
+
+from .config import ConfigError
 
 # %% ../nbs/13_masks.ipynb #8a998a62
 def window_context(
@@ -131,7 +133,7 @@ def block_sizes(
         found |= {block_size(grid, area, q, reference) for q in (at[1:]+at[:-1])/2}
     return tuple(sorted(found))
 
-# %% ../nbs/13_masks.ipynb #d8ee3b33
+# %% ../nbs/13_masks.ipynb #36aea90d
 def target_sizes(
     grid:tuple[int,int],
     masks,               # MaskConfig
@@ -173,10 +175,10 @@ def check_blocks(
     small = min(targets)
     if small <= keep:
         can = f"masks.min_keep={small-1} can" if small else "the grid is too small for such blocks"
-        raise ValueError(f"{here}a target block may have only {small} patches and must have more than {keep}, or the drawing never ends; {can}")
+        raise ConfigError(f"{here}a target block may have only {small} patches and must have more than {keep}, or the drawing never ends; {can}")
     left = min(contexts) - (0 if masks.mode == 'reference' else max(targets))
-    if left <= keep: raise ValueError(f"{here}a context may be left with {max(left, 0)} patches and must have more than {keep}, or the drawing never ends; "
-                                      "smaller masks.target_scale, larger masks.context_scale or a larger grid would do")
+    if left <= keep: raise ConfigError(f"{here}a context may be left with {max(left, 0)} patches and must have more than {keep}, or the drawing never ends; "
+                                       "smaller masks.target_scale, larger masks.context_scale or a larger grid would do")
     return max(contexts) - min(targets), max(targets)
 
 # %% ../nbs/13_masks.ipynb #f768996b
@@ -222,7 +224,7 @@ def multiblock_splits(
     n = min(len(s.context) for s in splits)
     return [s if len(s.context) == n else s._replace(context=np.sort(rng.permutation(s.context)[:n])) for s in splits]
 
-# %% ../nbs/13_masks.ipynb #21222ff5
+# %% ../nbs/13_masks.ipynb #9b9ee4a1
 def reference_block(
     grid:tuple[int,int],
     size:tuple[int,int],            # height and width
