@@ -320,7 +320,7 @@ def _place(image, patch, parts, x, pos):
         pieces.take(line[ids].reshape(-1), axis=0, out=x[a:z].reshape(-1, patch*3), mode='clip') # clip: else numpy buffers `out`
         pos[a:z] = where[ids]
 
-# %% ../nbs/14_packing.ipynb #3cc20500
+# %% ../nbs/14_packing.ipynb #1bdf41a7
 def _bytes(shape):
     "Uninitialised bytes; in a loader process they are in shared memory already, which saves a copy."
     if get_worker_info() is None: return torch.from_numpy(np.empty(shape, np.uint8)) # numpy asks for large pages, torch does not
@@ -342,29 +342,28 @@ def assemble(
     context, target, segment = (np.full((b, slots), -1) for slots in (C, T, T))
     index, skipped = [], []
     for r, row in enumerate(rows):
-        a = c = t = 0 # slots taken by images (blocks only), contexts, and targets of one block
+        a, c, t = 0, 0, 0 if whole else C # the next slots: of images (blocks only), contexts, targets
         for item in row:
             try: picture, s = shown(image(item), item, seed, cfg), split(item)
             except BadImage as e: skipped.append(str(e)); continue
-            if whole: # patches row by row; context and targets point among them
-                ids = np.arange((item.size[0]//p)*(item.size[1]//p))
-                parts, here, there = [(a, ids)], a+s.context, [a+block for block in s.targets]
-            else:     # context patches here, target patches there
-                parts = [(c, s.context), (C+t, s.targets[0])]
-                here, there = np.arange(c, c+len(s.context)), [np.arange(C+t, C+t+len(s.targets[0]))]
+            parts = [(a, np.arange((item.size[0]//p)*(item.size[1]//p)))] if whole else [(c, s.context), (t, s.targets[0])]
             _place(picture, p, parts, x[r], pos[r])
             for z, ids in parts: sample[r, z:z+len(ids)] = item.draw if by_draw else len(index)
-            context[r, c:c+len(here)] = here
-            for k, block in enumerate(there):
-                z = k*(T//segments) + t
-                target[r, z:z+len(block)], segment[r, z:z+len(block)] = block, k
+            if whole: # context and targets point among the patches of the image
+                context[r, c:c+len(s.context)] = a+s.context
+                for k, ids in enumerate(s.targets):
+                    z = k*(T//segments) + t
+                    target[r, z:z+len(ids)], segment[r, z:z+len(ids)] = a+ids, k
+                a += len(parts[0][1])
             index.append(item.index)
-            a, c, t = a+len(ids), c+len(here), t+max(map(len, there))
-        x[r][sample[r] < 0] = 0
+            c, t = c+len(s.context), t+max(map(len, s.targets))
+        if whole: x[r, a:] = 0
+        else: x[r, c:C] = x[r, t:] = 0
     if skipped and not index: raise DataError(f"none of the {len(skipped)} images of a batch can be decoded, e.g. {skipped[0]}")
+    if not whole: context, target = np.split(np.where(sample >= 0, np.arange(n), -1), [C], axis=1); segment = target.clip(max=0)
     if not cfg.pack.static: context, target, segment = needed(context, 1), needed(target, segments), needed(segment, segments)
     tokens = Tokens(pixels, torch.from_numpy(pos), torch.from_numpy(sample))
-    pack = Pack(tokens, *(torch.from_numpy(ids) for ids in (context, target, segment)))
+    pack = Pack(tokens, *(torch.from_numpy(np.ascontiguousarray(ids)) for ids in (context, target, segment)))
     return Batch(pack, len(index), torch.tensor(index), skipped, state or {}, (tokens.sample >= 0).float().mean().item())
 
 def needed(
@@ -374,7 +373,7 @@ def needed(
     "Without the slots at the end of each segment that no row uses."
     parts = ids.reshape(len(ids), segments, -1)
     most = int((parts >= 0).sum(2).max())
-    return np.ascontiguousarray(parts[:, :, :max(most, 1)]).reshape(len(ids), -1)
+    return parts[:, :, :max(most, 1)].reshape(len(ids), -1)
 
 # %% ../nbs/14_packing.ipynb #bd1a9c41
 class _Rows:
@@ -526,7 +525,7 @@ def _check_fits(item, split, patch, cfg):
         if need%unit: raise ValueError(f"image {item.index} has {need} {name} patches, not whole windows of {unit}")
     if len(split.targets) > cfg.masks.segments: raise ValueError(f"image {item.index} has {len(split.targets)} target blocks, the recipe {cfg.masks.segments}")
 
-# %% ../nbs/14_packing.ipynb #1bdf41a7
+# %% ../nbs/14_packing.ipynb #9b421cb3
 def eval_pack(
     images:list,              # see `to_bytes`; sides multiples of `patch`
     patch:int,                # pixels per patch side
