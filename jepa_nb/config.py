@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Count', 'Whole', 'Positive', 'NonNeg', 'Fraction', 'Share', 'Beta', 'Shares', 'Range', 'Norm', 'STRICT', 'RELEASED',
-           'DataConfig', 'ScaleConfig', 'AugmentConfig', 'MaskConfig', 'PackConfig', 'EncoderConfig', 'PredictorConfig',
-           'ObjectiveConfig', 'TeacherConfig', 'OptimConfig', 'RunConfig', 'Config', 'ConfigError', 'setting_names',
-           'make_config', 'load_config', 'save_config']
+           'ProbeProtocol', 'DataConfig', 'ScaleConfig', 'AugmentConfig', 'MaskConfig', 'PackConfig', 'EncoderConfig',
+           'PredictorConfig', 'ObjectiveConfig', 'TeacherConfig', 'OptimConfig', 'RunConfig', 'Config', 'SetConfig',
+           'ConfigError', 'setting_names', 'make_config', 'make_set', 'load_config', 'save_config']
 
 # %% ../nbs/00_config.ipynb #d7e89c4a
 import difflib
 import os
+import re
 from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -260,6 +261,31 @@ RELEASED = dict(
     optim=dict(decay_all=True),
 )
 
+# %% ../nbs/00_config.ipynb #c96f6b03
+ProbeProtocol = Literal['lbfgs', 'adam', 'in1k', 'ood_step', 'ood_cosine']
+
+@dataclass(frozen=True, config=STRICT)
+class SetConfig:
+    "A data set that frozen features are tested on (EC Tab. 3, 8)."
+    data:str|dict|None=None  # both halves: a folder of shards or images, 'scenes', or a mapping for `open_source`; None: what the run's own are
+    train:str|dict|None=None # the half that is fitted to, e.g. a pattern of shards
+    test:str|dict|None=None  # the half that is tested on
+    hold_out:Fraction|None=None # no test half: this share of the training images is tested on instead
+    target:Literal['label', 'count', 'dist']='label' # the class; how many objects; how far the nearest (CLEVR's questions)
+    cuts:str|tuple[float, ...]='clevr' # dist: 'clevr', 'scenes', or the numbers between the classes
+    protocol:ProbeProtocol='lbfgs' # lbfgs: to convergence; adam: FN; in1k, ood_step, ood_cosine: EC
+    epochs:Count|None=None   # None: the protocol's; a schedule shrinks with them
+    layers:Literal['all', 'last', 'last4']|None=None # all: every depth, before the output norm (FN); last: the last, behind it (EC); last4: the last four side by side (IJ). None: the protocol's
+    show:Literal['square', 'squash', 'inner']|None=None # an image's central square; all of it, squashed; the inner 7/8 of that square. None: the protocol's
+    augment:Literal['none', 'flip', 'crop']|None=None # of training images; None: the protocol's
+    crops:Count=4            # crop: random crops of each image
+    side:Count|None=None     # pixels; None: the largest side of training
+    train_images:Count|None=None # at most
+    test_images:Count|None=None
+
+    def __post_init__(self):
+        if self.hold_out is not None and self.test is not None: raise ValueError("test images are named, or held out of the training images (hold_out), not both")
+
 # %% ../nbs/00_config.ipynb #1cd00953
 class ConfigError(ValueError):
     "A setting that is unknown or out of range."
@@ -272,14 +298,14 @@ def setting_names(cls=Config, prefix=''):
         out += setting_names(sub, f'{prefix}{f.name}.') if sub else [prefix+f.name]
     return out
 
-def _explain(e:ValidationError, where:str):
+def _explain(e:ValidationError, where:str, cls=Config):
     "The first error of pydantic's list as one line."
     err = e.errors()[0]
     name = '.'.join(str(p) for p in err['loc'])
     if err['type'] in ('unexpected_keyword_argument', 'extra_forbidden'):
-        groups = [f.name for f in fields(Config)]
-        close = difflib.get_close_matches(name, setting_names()+groups, n=1, cutoff=.6)
-        hint = f", did you mean {close[0]}?" if close else f"; there are {', '.join(groups)}" if '.' not in name else ''
+        groups = [f.name for f in fields(cls)]
+        close = difflib.get_close_matches(name, setting_names(cls)+groups, n=1, cutoff=.6)
+        hint = f", did you mean {where.rpartition(' ')[2]}{close[0]}?" if close else f"; there are {', '.join(groups)}" if '.' not in name else ''
         return f"{where}{name}: no such setting{hint}"
     msg = err['msg'].removeprefix('Value error, ').replace('Input should be', 'should be')
     return f"{where}{name}: {msg}, not {err['input']!r}" if err['type'] != 'value_error' else f"{where}{name+': ' if name else ''}{msg}"
@@ -316,6 +342,18 @@ def make_config(
     if d.get('released'): d = _merge(RELEASED, d)
     try: return TypeAdapter(Config).validate_python(d)
     except ValidationError as e: raise ConfigError(_explain(e, where)) from None
+
+def make_set(
+    name:str,           # of the data set
+    d:dict,             # settings of a SetConfig
+    where:str='',       # what the error names first
+)->SetConfig:
+    "The same for a data set that runs are evaluated on."
+    if not re.fullmatch(r'[a-z0-9][a-z0-9_-]*', str(name)) or name in ('probe', 'ranks', 'depth'):
+        raise ConfigError(f"{where}{name}: not a name for a data set; small letters, digits, - and _ would do, but for probe, ranks and depth")
+    if not isinstance(d, dict): raise ConfigError(f"{where}{name}: should be a mapping of settings, such as target: count, not {d!r}")
+    try: return TypeAdapter(SetConfig).validate_python(d)
+    except ValidationError as e: raise ConfigError(_explain(e, f'{where}{name}.', SetConfig)) from None
 
 def load_config(
     path:str|Path,      # a YAML recipe
