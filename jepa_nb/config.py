@@ -349,8 +349,8 @@ def make_set(
     where:str='',       # what the error names first
 )->SetConfig:
     "The same for a data set that runs are evaluated on."
-    if not re.fullmatch(r'[a-z0-9][a-z0-9_-]*', str(name)) or name in ('probe', 'ranks', 'depth'):
-        raise ConfigError(f"{where}{name}: not a name for a data set; small letters, digits, - and _ would do, but for probe, ranks and depth")
+    if not re.fullmatch(r'(?!probe|ranks|depth)[a-z0-9][a-z0-9_-]*', str(name)):
+        raise ConfigError(f"{where}{name}: not a name for a data set; small letters, digits, - and _ would do, but probe, ranks and depth are files of their own")
     if not isinstance(d, dict): raise ConfigError(f"{where}{name}: should be a mapping of settings, such as target: count, not {d!r}")
     try: return TypeAdapter(SetConfig).validate_python(d)
     except ValidationError as e: raise ConfigError(_explain(e, f'{where}{name}.', SetConfig)) from None

@@ -132,7 +132,7 @@ class TarFiles(Files):
     def expand(self, name:str, under:str):
         "List the files of a tar inside this tar, below `under`."
         at, n = self.at.pop(name)
-        self.at.update((safe_name(f'{under}/{m}', self.path), a) for m, a in self.members(Span(self.buf, at, n), at, f': {name}'))
+        self.at.update((f'{under}/{safe_name(m, self.path)}', a) for m, a in self.members(Span(self.buf, at, n), at, f': {name}'))
 
     def _read(self, name):
         at, n = self.at[name]
@@ -211,7 +211,7 @@ def tiny_imagenet(open_)->Listing:
     return Listing(classes, dict(train=items(train), test=items(val)), dict(train=f, test=f))
 
 # %% ../nbs/15_sets.ipynb #0b8e970f
-EUROSAT_SPLIT = (1000, 500) # of each class, in the order of file names (EC §3.3)
+EUROSAT_SPLIT = (1000, 500) # of each class, in the order of file names (VISSL)
 
 def eurosat(open_)->Listing:
     "EuroSAT (RGB): folders of classes without a split."
@@ -225,7 +225,7 @@ def eurosat(open_)->Listing:
         for split, names in (('train', found[c][:a]), ('test', found[c][a:a+b])): splits[split] += [Item(_key(os.path.basename(n)), n, k) for n in names]
     return Listing(classes, splits, dict(train=f, test=f))
 
-SUN397_SPLIT = (.7, .1) # for training and validation, of each class; the rest is for testing (EC §3.3)
+SUN397_SPLIT = (.7, .1) # for training and validation, of each class; the rest is for testing (VISSL)
 
 def sun397(open_)->Listing:
     "SUN397: classes are paths, such as /b/bakery/shop."

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import yaml
+
 from jepa_nb.cli import join_graph
 
 join_graph()
@@ -26,7 +28,8 @@ elif verb == 'train':
     (out/'done.json').write_text('{}')
 elif verb == 'eval':
     Path(given['--out']).parent.mkdir(parents=True, exist_ok=True)
-    Path(given['--out']).write_text(' '.join(words))
+    for name in yaml.safe_load(Path(given['--sets']).read_text())['ood'] if '--sets' in given else ['probe']:
+        if name != 'runs': Path(given['--out'].replace('{set}', name)).write_text(' '.join(words))
 elif verb == 'figure':
     for s in ('.png', '.csv', '.json'): Path(given['--out']+s).write_text(json.dumps(words))
 else: sys.exit(f'{verb}: the stub does not know it')
