@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Losses', 'token_losses', 'Tally', 'open_images', 'some', 'loss_values', 'Masks', 'draw_masks', 'masked_losses',
-           'whole_truth', 'tally_losses', 'LossMap', 'mean_loss_map', 'smooth_fit', 'without_smooth', 'power',
-           'checkerboard', 'redrawn_maps', 'spans', 'checkerboard_interval', 'MovedMaps', 'moved_loss_maps', 'in_frame',
-           'moved_checkerboard', 'token_energies', 'ranks', 'spearman', 'auroc', 'object_share', 'variation',
-           'over_images', 'smooth_grid', 'components', 'as_hsv', 'feature_picture']
+           'whole_truth', 'tally_losses', 'LossMap', 'mean_loss_map', 'smooth_fit', 'smooth_part', 'power',
+           'grid_frequencies', 'checkerboard', 'redraw', 'spans', 'checkerboard_interval', 'grid_strength', 'MovedMaps',
+           'window_moves', 'moved_loss_maps', 'in_frame', 'token_energies', 'ranks', 'spearman', 'auroc',
+           'object_share', 'variation', 'over_images', 'smooth_grid', 'components', 'as_hsv', 'feature_picture']
 
 # %% ../nbs/41_maps.ipynb #8f87fa03
 from collections.abc import Iterator
@@ -264,7 +264,7 @@ def mean_loss_map(
     sums, counts = sums[:, 0], counts[:, 0]
     return LossMap(sums.sum(0)/np.maximum(counts.sum(0), 1), np.where(counts, sums/np.maximum(counts, 1), np.nan), counts, shown)
 
-# %% ../nbs/41_maps.ipynb #175cd23f
+# %% ../nbs/41_maps.ipynb #5d682078
 def smooth_fit(
     m:np.ndarray, # [... y x]
     degree:int=4, # of a polynomial in row and column
@@ -276,29 +276,36 @@ def smooth_fit(
     q, _ = np.linalg.qr(a)
     return ((m.reshape(-1, y*x) @ q) @ q.T).reshape(m.shape)
 
-def without_smooth(m:np.ndarray, degree:int|None=None)->np.ndarray: # [... y x]
-    "What a smooth fit leaves; a small map gets a stiffer fit."
-    return m - smooth_fit(m, min(4, min(m.shape[-2:])//2-1) if degree is None else degree)
+def smooth_part(m:np.ndarray, degree:int|None=None)->np.ndarray: # [... y x]
+    "`smooth_fit`, stiffer on a small map."
+    return smooth_fit(m, min(4, min(m.shape[-2:])//2-1) if degree is None else degree)
 
 def power(m:np.ndarray, degree:int|None=None)->np.ndarray:
     "Spectral power [... y x] of a map without its smooth part; sums to its variance."
-    return np.abs(np.fft.fft2(without_smooth(m, degree)))**2/np.prod(m.shape[-2:])**2
+    return np.abs(np.fft.fft2(m-smooth_part(m, degree)))**2/np.prod(m.shape[-2:])**2
 
-def checkerboard(
-    m:np.ndarray,     # [... y x] mean loss map(s), a whole number of windows
-    window:int=2,     # patches per window side
-    shift:int=0,      # frequencies beside the window's: the control
-    degree:int|None=None, # of the smooth fit; None: 4, less on small maps; 0 where it has been taken off before
-)->dict:              # ratios to the background, and the size of the pattern
-    "How much stronger the window's grid is than the rest of a map's texture."
-    m = np.asarray(m, dtype=float)
+def grid_frequencies(
+    y:int, x:int,     # patches down and across
+    window:int,       # patches per window side
+    shift:int=0,      # frequencies beside the window's
+)->dict[str,np.ndarray]: # 'y', 'x', 'diagonal': bool [y x]
+    "Where a pattern with the window's period has its power: down, across, and in both."
     if window < 2: raise ValueError("a window of one patch: no period to measure; windows of 2 patches or more have one")
-    P, (y, x) = power(m, degree), m.shape[-2:]
     if y%window or x%window: raise ValueError(f"a window of {window} does not tile a map of {y}x{x} patches")
     j, k = np.arange(y)[:, None], np.arange(x)[None]
     def at(n, i): return (((i+shift)%n)%(n//window) == 0) & ((i+shift)%n > 0)  # multiples of n/w but 0, moved by `shift`
     on_y, on_x = at(y, j), at(x, k)
-    groups = {'y':on_y & (k == 0), 'x':on_x & (j == 0), 'diagonal':on_y & on_x}
+    return {'y':on_y & (k == 0), 'x':on_x & (j == 0), 'diagonal':on_y & on_x}
+
+def checkerboard(
+    m:np.ndarray,     # [... y x] mean loss map(s), a whole number of windows
+    window:int=2,     # patches per window side
+    shift:int=0,      # frequencies beside the window's: a control
+)->dict:              # ratios to the background, and the size of the pattern
+    "How much stronger the window's grid is than the rest of a map's texture."
+    m = np.asarray(m, dtype=float)
+    y, x = m.shape[-2:]
+    groups, P, j, k = grid_frequencies(y, x, window, shift), power(m), np.arange(y)[:, None], np.arange(x)[None]
     low = np.maximum(np.minimum(j, y-j), np.minimum(k, x-k)) < 2  # what the smooth fit has taken
     window_set = ((j%(y//window) == 0) & (k%(x//window) == 0))
     rest = P[..., ~low & ~window_set].mean(-1)
@@ -306,19 +313,14 @@ def checkerboard(
     out = {name:P[..., g].mean(-1)/rest for name, g in groups.items()} | {'ratio':P[..., all_of].mean(-1)/rest}
     return out | {'amplitude':np.sqrt(P[..., all_of].sum(-1))/np.abs(m.mean((-2, -1)))}
 
-# %% ../nbs/41_maps.ipynb #8763d62b
-def redrawn_maps(
-    sums:np.ndarray,   # [i ...] of losses
-    counts:np.ndarray, # [i ...]
+# %% ../nbs/41_maps.ipynb #da904c27
+def redraw(
+    n:int,       # images
     draws:int=1000,
     seed:int=0,
-)->np.ndarray:         # [draws ...]
-    "Mean maps of images drawn with replacement; a place that was never scored gets the map's mean."
-    n, rng = len(sums), np.random.default_rng(seed)
-    weight = rng.multinomial(n, np.full(n, 1/n), draws).astype(float)             # [draws i]
-    s, c = (np.tensordot(weight, t, 1) for t in (sums, counts))
-    every = tuple(range(1, s.ndim))
-    return np.where(c, s/np.maximum(c, 1), s.sum(every, keepdims=True)/np.maximum(c.sum(every, keepdims=True), 1))
+)->np.ndarray:   # [draws n] float
+    "How often each image comes when all are drawn again with replacement."
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), draws).astype(float)
 
 def spans(drawn:dict, level:float=.95)->dict: # name -> (low, high)
     "Percentile intervals."
@@ -333,9 +335,36 @@ def checkerboard_interval(
     shift:int=0, # see `checkerboard`
 )->dict: # name -> (low, high)
     "Bootstrap intervals over images."
-    return spans(checkerboard(redrawn_maps(losses.sums, losses.counts, draws, seed), window, shift), level)
+    weight = redraw(len(losses.maps), draws, seed)
+    sums, counts = (np.tensordot(weight, t, 1) for t in (losses.sums, losses.counts))
+    return spans(checkerboard(sums/np.maximum(counts, 1), window, shift), level)
 
-# %% ../nbs/41_maps.ipynb #3be7e14f
+# %% ../nbs/41_maps.ipynb #31352717
+def grid_strength(
+    maps:np.ndarray,  # [i y x] one loss map per image; NaN where a patch was never scored
+    window:int=2,     # patches per window side
+    draws:int=1000,   # bootstrap samples of the images
+    level:float=.95,
+    seed:int=0,
+)->dict:              # 'y', 'x', 'diagonal', 'ratio' (all three), 'amplitude' (in shares of the mean loss) -> (value, low, high)
+    "Power of the window's grid in the mean map over what images without a grid would leave at the same frequencies."
+    maps = np.where(np.isnan(maps), np.nanmean(maps, (1, 2), keepdims=True), maps)
+    n, y, x = maps.shape
+    if n < 2: raise ValueError("the grid's strength needs two images or more, not 1")
+    groups = grid_frequencies(y, x, window)
+    groups['ratio'] = groups['y'] | groups['x'] | groups['diagonal']
+    a = np.fft.fft2(maps-smooth_part(maps))/(y*x)
+    weight, fair = np.concatenate([np.ones((1, n)), redraw(n, draws, seed)]), np.concatenate([[1], np.full(draws, n/(n-1))]) # fair: two draws are one image with chance 1/n
+    found = {}
+    for name, g in groups.items():
+        own = (np.abs(a[:, g])**2).sum(1)                                   # [i]
+        pairs = fair*((np.abs(weight @ a[:, g])**2).sum(1) - weight**2 @ own) # of different images
+        found[name] = np.maximum(1 + pairs/np.maximum(weight @ own, 1e-300), 0)
+    found['amplitude'] = np.sqrt(np.maximum(pairs, 0)/(n*(n-1)))/np.abs(weight @ maps.mean((1, 2))/n) # of 'ratio', the last
+    span = spans({k:v[1:] for k, v in found.items()}, level)
+    return {k:(float(v[0]), *span[k]) for k, v in found.items()}
+
+# %% ../nbs/41_maps.ipynb #7eb3b35b
 class MovedMaps(NamedTuple):
     "Losses per patch under every move of the windows' grid."
     sums:np.ndarray    # [i s y x]
@@ -343,9 +372,9 @@ class MovedMaps(NamedTuple):
     offsets:np.ndarray # [s 2] patches, down and across
     index:np.ndarray   # [i] which images of the source
 
-    @property
-    def mean(self): # [s y x]
-        return redrawn_maps(self.sums.sum(0)[None], self.counts.sum(0)[None], 1)[0]
+def window_moves(window:int)->np.ndarray: # [w*w 2]
+    "Every offset that a grid of windows can have."
+    return np.array([(dy, dx) for dy in range(window) for dx in range(window)])
 
 def moved_loss_maps(
     jepa:JEPA,
@@ -359,34 +388,22 @@ def moved_loss_maps(
     indices=None,         # which images, instead of drawn ones
 )->MovedMaps:
     "Loss at every place, with each mask's windows moved by one of all offsets, around the border."
-    w = cfg.masks.window
-    offsets = np.array([(dy, dx) for dy in range(w) for dx in range(w)])
+    offsets = window_moves(cfg.masks.window)
     ids = some(source, images, seed) if indices is None else np.asarray(indices)
-    found = tally_losses(jepa, source, cfg, side or cfg.scale.max_side, ids, -(-repeats//w**2)*w**2, offsets, seed, progress)
+    found = tally_losses(jepa, source, cfg, side or cfg.scale.max_side, ids, -(-repeats//len(offsets))*len(offsets), offsets, seed, progress)
     return MovedMaps(*found[:2], offsets, found[2])
 
 def in_frame(
-    m:np.ndarray,       # [... s y x] maps under moved grids
-    offsets:np.ndarray, # [s 2]
-    frame:str,          # 'image': places stay; 'masks': windows are laid on one another
-)->np.ndarray:          # [... y x]
-    "The mean of all maps, without its smooth part but for the mean loss."
-    rest = without_smooth(m)
-    if frame == 'masks': rest = np.stack([np.roll(rest[..., k, :, :], (-dy, -dx), (-2, -1)) for k, (dy, dx) in enumerate(offsets)], -3)
-    return rest.mean(-3) + m.mean((-3, -2, -1))[..., None, None]
-
-def moved_checkerboard(
     moved:MovedMaps,
-    window:int=2,
-    frame:str='image', # or 'masks'
-    draws:int=1000,
-    level:float=.95,
-    seed:int=0,
-)->dict:               # name -> (value, low, high)
-    "`checkerboard` of the maps in one frame, with bootstrap intervals over images."
-    grid = lambda m: checkerboard(in_frame(m, moved.offsets, frame), window, degree=0)
-    span = spans(grid(redrawn_maps(moved.sums, moved.counts, draws, seed)), level)
-    return {k:(float(v), *span[k]) for k, v in grid(moved.mean).items()}
+    frame:str,    # 'image': places stay; 'masks': windows are laid on one another
+)->np.ndarray:    # [i y x] per image, NaN where a patch was never scored
+    "Mean over all moves, without the smooth part of the mean map of each."
+    sums, counts = moved.sums, moved.counts
+    mean = sums.sum(0)/np.maximum(counts.sum(0), 1)                                # [s y x]
+    rest = sums - counts*(smooth_part(mean)-mean.mean())                           # moved back, a smooth part would be steps
+    if frame == 'masks': rest, counts = (np.stack([np.roll(t[:, k], (-dy, -dx), (1, 2)) for k, (dy, dx) in enumerate(moved.offsets)], 1) for t in (rest, counts))
+    rest, counts = rest.sum(1), counts.sum(1)
+    return np.where(counts, rest/np.maximum(counts, 1), np.nan)
 
 # %% ../nbs/41_maps.ipynb #1c529d13
 @torch.inference_mode()
@@ -460,7 +477,7 @@ def over_images(
     v = v[~np.isnan(v)]
     return (float(v.mean()), *bootstrap(v, draws, seed=seed), len(v)) if len(v) else (*[float('nan')]*3, 0)
 
-# %% ../nbs/41_maps.ipynb #5d682078
+# %% ../nbs/41_maps.ipynb #f7491022
 def smooth_grid(
     h:np.ndarray,     # [y x d]
     sigma:float=.5,   # of a Gaussian over 3x3 patches, mirrored at the border
