@@ -51,7 +51,11 @@ def whole(tmp_path_factory):
     "The undisturbed run of four steps."
     return train(tiny(), tmp_path_factory.mktemp('whole')/'run', progress=False)
 
-@pytest.mark.parametrize('words', [(), ('run.accumulate=2',), ('encoder.mlp=diffmoe', 'encoder.experts=4', 'data.replace=false')], ids=['plain', 'accumulate', 'experts'])
+BLOCKS = ('masks.kind=multiblock', 'pack.image=128', 'pack.context=80', 'pack.target=96')
+CROPS = ('scale.kind=crop', 'masks.kind=multiblock', 'masks.group=4', 'pack.pool=1', 'pack.rows=4', 'pack.image=64', 'pack.context=56', 'pack.target=48', 'pack.static=false', 'augment.flip=true')
+
+@pytest.mark.parametrize('words', [(), ('run.accumulate=2',), ('encoder.mlp=diffmoe', 'encoder.experts=4', 'data.replace=false'), BLOCKS, CROPS],
+                         ids=['plain', 'accumulate', 'experts', 'blocks', 'crops'])
 def test_two_and_two_is_four(tmp_path, words):
     # logged every 3: sums between two lines must survive the stop, too
     train(tiny('run.log_every=3', *words), tmp_path/'a', progress=False)
@@ -124,6 +128,11 @@ def test_other_settings(whole, tmp_path):
     with pytest.raises(RunError, match=r'optim.lr=0.0005, not 0.002'): train(tiny('optim.lr=0.002'), whole, progress=False)
     with pytest.raises(RunError, match='steps=5|run.steps'): train(tiny('optim.schedule=cosine', 'run.steps=5'),
         train(tiny('optim.schedule=cosine', 'run.steps=1'), tmp_path/'cosine', progress=False), progress=False)
+
+@pytest.mark.parametrize('words', [('optim.schedule=ijepa',), ('optim.weight_decay_end=.4',), ('teacher.ramp=null',)], ids=['rate', 'decay', 'beta'])
+def test_schedules_of_the_whole_run_know_its_length(whole, tmp_path, words):
+    run = train(tiny('run.steps=1', *words), tmp_path/'run', progress=False)
+    with pytest.raises(RunError, match='run.steps=1, not 5'): train(tiny('run.steps=5', *words), run, progress=False)
 
 def test_not_finite(tmp_path):
     cfg = tiny('optim.lr=1e30', 'optim.lr_start=1e30', 'run.steps=50', 'run.save_every=1')
