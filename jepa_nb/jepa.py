@@ -117,7 +117,7 @@ class Output(NamedTuple):
     is_scored:Tensor  # [kb t] bool
     aux:dict          # pred_loss, moe_loss, kept_context, kept_target, scored; target_features [m d]
 
-# %% ../nbs/30_jepa.ipynb #f5a3ef85
+# %% ../nbs/30_jepa.ipynb #c018fde4
 class JEPA(nn.Module):
     "Encoder, its EMA teacher, and a predictor (IJ §3, FN §3)."
     def __init__(self, cfg:Config):
@@ -134,9 +134,9 @@ class JEPA(nn.Module):
         self.teacher.train(mode and self.cfg.objective.teacher_routing == 'training')
         return self
 
-    def predict(self, pack:Pack, g:torch.Generator|None=None, form:str='auto')->Prediction:
-        "Everything up to the loss."
-        return predict(self, pack, g, form)
+    def predict(self, pack:Pack, g:torch.Generator|None=None, form:str='auto', **given)->Prediction:
+        "Everything up to the loss; `given` is what is known already, see `predict`."
+        return predict(self, pack, g, form, **given)
 
     def forward(self, pack:Pack, g:torch.Generator|None=None, form:str='auto')->Output:
         return score(predict(self, pack, g, form))
@@ -147,15 +147,17 @@ def predict(
     pack:Pack,
     g:torch.Generator|None=None, # for repeating and dropping
     form:str='auto',             # of attention: 'flat', 'dense'
+    truth:Tensor|None=None,      # [b t d] what `teach` gives, where the same images come under many masks; None asks the teacher
+    copies:Copies|None=None,     # what the predictor is given; None draws it
 )->Prediction:
     "Guess the teacher's features at the targets."
     cfg, window = jepa.cfg.objective, jepa.cfg.masks.window
     context, target = pick(pack.image, pack.context), pick(pack.image._replace(x=None), pack.target)
     z, moe_encoder = jepa.encoder.features(context, form)
-    with torch.no_grad(): truth = teach(jepa, pack, form)
+    with torch.no_grad(): truth = teach(jepa, pack, form) if truth is None else truth
     blocks = jepa.cfg.masks.kind == 'multiblock'
-    if blocks: copies = per_segment(context.sample, target.sample, jepa.cfg.masks.segments)
-    else: copies = repeat_and_drop(context.sample, target.sample, window, cfg.repeats, cfg.keep_context, cfg.keep_target, cfg.drop, cfg.slack, g)
+    if copies is None and blocks: copies = per_segment(context.sample, target.sample, jepa.cfg.masks.segments)
+    elif copies is None: copies = repeat_and_drop(context.sample, target.sample, window, cfg.repeats, cfg.keep_context, cfg.keep_target, cfg.drop, cfg.slack, g)
     of_copy = lambda t, ids: pick(Tokens(None, t.pos[copies.row], t.sample[copies.row]), ids)
     c, t = of_copy(context, copies.context), of_copy(target, copies.target)
     if cfg.drop == 'image' and not blocks: t = t._replace(sample=t.sample.masked_fill(~(t.sample[:, :, None] == c.sample[:, None, :]).any(-1), -1))
