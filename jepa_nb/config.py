@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Count', 'Whole', 'Positive', 'NonNeg', 'Fraction', 'Share', 'Beta', 'Shares', 'Range', 'Norm', 'STRICT', 'RELEASED',
-           'DataConfig', 'ScaleConfig', 'AugmentConfig', 'MaskConfig', 'PackConfig', 'EncoderConfig', 'PredictorConfig',
-           'ObjectiveConfig', 'TeacherConfig', 'OptimConfig', 'RunConfig', 'Config', 'ConfigError', 'setting_names',
-           'make_config', 'load_config', 'save_config']
+           'DEPTH_RELEASED', 'DataConfig', 'ScaleConfig', 'AugmentConfig', 'MaskConfig', 'PackConfig', 'EncoderConfig',
+           'PredictorConfig', 'ObjectiveConfig', 'TeacherConfig', 'OptimConfig', 'RunConfig', 'Config', 'DepthConfig',
+           'ConfigError', 'setting_names', 'make_config', 'make_depth', 'load_config', 'save_config']
 
 # %% ../nbs/00_config.ipynb #d7e89c4a
 import difflib
@@ -253,15 +253,45 @@ class Config:
             raise ValueError(f"masks.group {m.group}: a group is cut to one length, so its images have one size and a row each; "
                              "that is scale.kind=crop and pack.pool=1; or masks.group=0")
 
-# %% ../nbs/00_config.ipynb #d7e89c4a-3
+# %% ../nbs/00_config.ipynb #8f326775
+@dataclass(frozen=True, config=STRICT)
+class DepthConfig:
+    "A head that reads metric depth off frozen features (FN §8.4)."
+    head:Literal['dpt', 'conv']='dpt' # dpt: Ranftl et al. 2021; conv: FN's three convolutions
+    width:Count|None=None   # channels; None: 32 (dpt; DPT has 256), half the encoder's (conv; FN: 192)
+    layers:tuple[Whole, ...]|None=None # depths read, 0 is the patch embedding; None: dpt four, evenly; conv the fourth to last
+    finest:Count=4          # pixels per cell of the finest of dpt's four scales
+    side:Count|None=None    # pixels, a multiple of the patch; None: the largest side of training
+    crop:Literal['none', 'eigen']='none' # eigen: the part of NYU's images in which depth was measured
+    loss:Literal['ssi', 'smooth_l1']='ssi' # ssi: Ranftl et al. 2020; smooth_l1: FN's code
+    trim:Annotated[float, Field(ge=0, lt=1)]=.2 # ssi: share of pixels, those with the largest errors, that is not counted
+    gradient:NonNeg=.5      # weight of the gradient term
+    scales:Count=4          # it is taken at
+    metric:NonNeg=1.        # ssi: weight of an absolute error in metres; 0: Ranftl's loss alone, which leaves scale and shift open
+    standardize:bool=True   # features, by mean and deviation of every channel over training images
+    steps:Count=600
+    batch:Count=16          # images
+    lr:Positive=1e-3
+    schedule:Literal['cosine', 'constant']='cosine' # cosine: falls to 0
+    beta1:Beta=.9
+    beta2:Beta=.95
+    weight_decay:NonNeg=.01
+    released:bool=False     # the authors' head and loss, see DEPTH_RELEASED below
+
+    def __post_init__(self):
+        if self.layers is not None and len(self.layers) != (4 if self.head == 'dpt' else 1):
+            raise ValueError(f"head {self.head} reads {'four layers' if self.head == 'dpt' else 'one layer'}, not {len(self.layers)}")
+
+# %% ../nbs/00_config.ipynb #5e3c4cb1
 RELEASED = dict(
     objective=dict(drop='row', teacher_routing='training'),
     encoder=dict(expert_init='released', capacity_padding=True),
     predictor=dict(expert_init='released', capacity_padding=True),
     optim=dict(decay_all=True),
 )
+DEPTH_RELEASED = dict(head='conv', loss='smooth_l1', gradient=.2, standardize=False, lr=5e-4, schedule='constant')
 
-# %% ../nbs/00_config.ipynb #1cd00953
+# %% ../nbs/00_config.ipynb #4293441f
 class ConfigError(ValueError):
     "A setting that is unknown or out of range."
 
@@ -273,14 +303,14 @@ def setting_names(cls=Config, prefix=''):
         out += setting_names(sub, f'{prefix}{f.name}.') if sub else [prefix+f.name]
     return out
 
-def _explain(e:ValidationError, where:str):
+def _explain(e:ValidationError, where:str, cls=Config):
     "The first error of pydantic's list as one line."
     err = e.errors()[0]
     name = '.'.join(str(p) for p in err['loc'])
     if err['type'] in ('unexpected_keyword_argument', 'extra_forbidden'):
-        groups = [f.name for f in fields(Config)]
-        close = difflib.get_close_matches(name, setting_names()+groups, n=1, cutoff=.6)
-        hint = f", did you mean {close[0]}?" if close else f"; there are {', '.join(groups)}" if '.' not in name else ''
+        groups = [f.name for f in fields(cls)]
+        close = difflib.get_close_matches(name, setting_names(cls)+groups, n=1, cutoff=.6)
+        hint = f", did you mean {where.rpartition(' ')[2]}{close[0]}?" if close else f"; there are {', '.join(groups)}" if '.' not in name else ''
         return f"{where}{name}: no such setting{hint}"
     msg = err['msg'].removeprefix('Value error, ').replace('Input should be', 'should be')
     return f"{where}{name}: {msg}, not {err['input']!r}" if err['type'] != 'value_error' else f"{where}{name+': ' if name else ''}{msg}"
@@ -306,7 +336,7 @@ def _words(words):
         out = _merge(out, d)
     return out
 
-# %% ../nbs/00_config.ipynb #149ddcf0
+# %% ../nbs/00_config.ipynb #2507599e
 def make_config(
     d:dict,             # nested, as in a recipe
     words=(),           # 'group.name=value', laid over it
@@ -317,6 +347,17 @@ def make_config(
     if d.get('released'): d = _merge(RELEASED, d)
     try: return TypeAdapter(Config).validate_python(d)
     except ValidationError as e: raise ConfigError(_explain(e, where)) from None
+
+def make_depth(
+    d:dict,             # settings of a DepthConfig
+    words=(),           # 'name=value', laid over it
+    where:str='depth.', # what the error puts before a name
+)->DepthConfig:
+    "The same for a depth head."
+    d = _merge(d or {}, _words(words))
+    if d.get('released'): d = DEPTH_RELEASED | d
+    try: return TypeAdapter(DepthConfig).validate_python(d)
+    except ValidationError as e: raise ConfigError(_explain(e, where, DepthConfig)) from None
 
 def load_config(
     path:str|Path,      # a YAML recipe

@@ -401,7 +401,7 @@ class Memory:
         self.data[self.starts[i]:self.starts[i+1]] = x.reshape(-1)
         self.done[i] = 1 # last: another process may be looking
 
-# %% ../nbs/11_data.ipynb #f7443dac
+# %% ../nbs/11_data.ipynb #504119b9
 class Source:
     "Images by number; sizes, labels and keys are known, pixels are read when asked for."
     def __init__(self,
@@ -427,6 +427,7 @@ class Source:
     def size(self, i:int)->tuple[int,int]: return tuple(self.sizes[i].tolist()) # H, W
     def pixels(self, i:int)->np.ndarray: raise NotImplementedError # [H W 3]
     def extras(self, i:int)->dict: return {} # depth, objects, count, distance
+    def has(self, part:str)->np.ndarray: return np.zeros(len(self), bool) # [i] which images come with 'depth', 'objects'
 
     def image(self, i:int)->Tensor: # [H W 3] uint8, contiguous; may be shared memory: do not write to it
         "Decode one image; BadImage if that cannot be done."
@@ -459,7 +460,7 @@ def _warn(name, skipped):
         warnings.warn(f"{name}: {len(skipped)} skipped, {eg}" if len(skipped) == 1 else
                       f"{name}: {len(skipped)} skipped, e.g. {eg}", stacklevel=4)
 
-# %% ../nbs/11_data.ipynb #34dd180b
+# %% ../nbs/11_data.ipynb #3e6f0b37
 class ShardSource(Source):
     "Samples of local shards, read by offset."
     def __init__(self, paths:list[Path], name:str, cache:str|bool='auto'):
@@ -490,6 +491,7 @@ class ShardSource(Source):
         return os.pread(f.fileno(), n, at)
 
     def pixels(self, i): return decode(self.read(i), self.where(i), self.size(i))
+    def has(self, part): return self.at[:, PARTS.index(part), 0] >= 0
     def extras(self, i): return sample_extras(*(self.read(i, p) for p in PARTS[1:]), self.where(i), self.size(i))
 
 # %% ../nbs/11_data.ipynb #42f13612
@@ -580,7 +582,7 @@ class FolderSource(Source):
         except OSError as e: raise BadImage(f"{self.where(i)}: {e.strerror}") from None
         return decode(data, self.where(i), self.size(i))
 
-# %% ../nbs/11_data.ipynb #67d28406
+# %% ../nbs/11_data.ipynb #d3ca2f46
 TEST_FROM = 10**9 # number of the first scene of any split but train
 
 class SceneSource(Source):
@@ -612,6 +614,7 @@ class SceneSource(Source):
         self._labels[i], self.rendered[i] = s['label'], 1
         return s
 
+    def has(self, part): return np.ones(len(self), bool)
     def pixels(self, i): return np.ascontiguousarray(self.sample(i)['image'].permute(1, 2, 0).numpy())
 
 # %% ../nbs/11_data.ipynb #44a425d2
@@ -950,7 +953,7 @@ def cifar10_images(
     except (tarfile.TarError, EOFError, zlib.error, OSError) as e:
         raise DataError(f"{archive}: {_line(e)}") from None
 
-# %% ../nbs/11_data.ipynb #504119b9
+# %% ../nbs/11_data.ipynb #6e432492
 def shards_from_cifar10(
     out:str|Path,               # folder of the shards
     archive:str|Path|None=None, # a copy of cifar-10-binary.tar.gz; None downloads it

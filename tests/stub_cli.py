@@ -24,9 +24,10 @@ elif verb == 'train':
         with open(out/'steps', 'a') as f: f.write(f'{os.getpid()}\n')
         time.sleep(.1)
     (out/'done.json').write_text('{}')
-elif verb == 'eval':
-    Path(given['--out']).parent.mkdir(parents=True, exist_ok=True)
-    Path(given['--out']).write_text(' '.join(words))
+elif verb in ('eval', 'depth'):
+    out = Path(given['--out'])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for s in ('.json', '.npz', '.safetensors') if verb == 'depth' else ('.json',): out.with_suffix(s).write_text(' '.join(words))
 elif verb == 'figure':
     for s in ('.png', '.csv', '.json'): Path(given['--out']+s).write_text(json.dumps(words))
 else: sys.exit(f'{verb}: the stub does not know it')

@@ -28,6 +28,11 @@ def jepa_nb(*words, cwd=ROOT, **env):
     (['train', RECIPE, 'data.kind=folder', 'data.path={tmp}', '--out', '{tmp}/run'], 1, '{tmp}'),
     (['eval', '{tmp}/nothing'], 1, '{tmp}/nothing: no checkpoint'),
     (['eval', '{tmp}', 'run.steps=3'], 1, 'run.steps=3'),
+    (['depth', '{tmp}/nothing'], 1, '{tmp}/nothing: no checkpoint'),
+    (['depth', '{tmp}/nothing', 'depth.stesp=3'], 1, 'did you mean depth.steps?'),
+    (['depth', '{tmp}/nothing', 'depth.head=dtp'], 1, "depth.head: should be 'dpt' or 'conv', not 'dtp'"),
+    (['depth', '{tmp}/nothing', 'steps=3'], 1, 'those of its depth head begin with depth.'),
+    (['depth', RECIPE, '--train', '{tmp}'], 1, '{tmp}: no images'),
     (['data', 'shards', '{tmp}', '{tmp}/out'], 1, '{tmp}'),
     (['data', 'cifar10', '{tmp}/out', '--from', '{tmp}/archive.tar.gz'], 1, '{tmp}/archive.tar.gz'),
     (['ship', '{tmp}/nothing', '{tmp}/out'], 1, '{tmp}/nothing'),
@@ -42,7 +47,7 @@ def test_refusal(words, code, names, tmp_path):
     assert not (tmp_path/'run'/'checkpoints').exists()
 
 
-@pytest.mark.parametrize('words', ([], ['train'], ['eval'], ['figure'], ['data'], ['data', 'scenes'], ['reproduce']), ids=' '.join)
+@pytest.mark.parametrize('words', ([], ['train'], ['eval'], ['depth'], ['figure'], ['data'], ['data', 'scenes'], ['reproduce']), ids=' '.join)
 def test_help(words):
     r = jepa_nb(*words, '--help')
     assert r.returncode == 0 and 'Usage: jepa_nb' in r.stdout
@@ -69,8 +74,9 @@ def test_figure_without_checkpoint(tmp_path):
     (lambda t: t['settings'].update({'run.steps': 0}), 'run.steps'),
     (lambda t: t.update(rnus={}), 'did you mean runs?'),
     (lambda t: t['runs']['fn_ln'].update(recipe='nowhere.yaml'), 'nowhere.yaml: no such recipe'),
+    (lambda t: t['depth']['main'].update(stesp=3), 'did you mean depth.main.steps?'),
     (lambda t: t['figures']['fn_fig5_context_target'].setdefault('params', {}).update(imags=3), 'imags: no such parameter'),
-], ids=['setting', 'value', 'entry', 'recipe', 'figure parameter'])
+], ids=['setting', 'value', 'entry', 'recipe', 'depth head', 'figure parameter'])
 def test_tier_is_checked_before_anything_starts(tmp_path, change, names):
     shutil.copytree(ROOT/'nbs/figures', tmp_path/'nbs/figures')
     shutil.copytree(ROOT/'params', tmp_path/'params')
