@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['JOBS', 'TIER_KEYS', 'DEPTH_OPTIONS', 'REFUSALS', 'CliError', 'is_ours', 'known', 'die_with_parent', 'join_graph',
-           'figure_parameters', 'in_clone', 'figure_notebook', 'words_of', 'read_tier', 'Verbs', 'cli', 'seed_folder',
-           'train', 'move_aside', 'eval_', 'depth_', 'figure', 'run_notebook', 'data', 'shards', 'cifar10', 'scenes',
-           'ship', 'only_start', 'wait_for_orphans', 'spent', 'reproduce', 'graph_environment', 'run_child', 'main']
+           'figure_parameters', 'in_clone', 'figure_notebook', 'words_of', 'check_resumes', 'read_tier', 'Verbs', 'cli',
+           'seed_folder', 'train', 'move_aside', 'eval_', 'depth_', 'ranks', 'figure', 'run_notebook', 'data', 'shards',
+           'cifar10', 'scenes', 'ship', 'only_start', 'wait_for_orphans', 'spent', 'reproduce', 'graph_environment',
+           'run_child', 'main']
 
 # %% ../nbs/51_cli.ipynb #a30213ce
 import ast
@@ -69,7 +70,7 @@ def join_graph():
     die_with_parent()
 
 # %% ../nbs/51_cli.ipynb #a30213ce-2
-TIER_KEYS = dict(tier=str, threads=int, data=dict, settings=dict, runs=dict, eval=dict, depth=dict, figures=dict, seconds=dict)
+TIER_KEYS = dict(tier=str, threads=int, data=dict, settings=dict, runs=dict, eval=dict, depth=dict, ranks=dict, figures=dict, seconds=dict)
 DEPTH_OPTIONS = ('train', 'test', 'train_images', 'test_images') # of a tier's depth heads; what else they say are settings
 
 def figure_parameters(
@@ -96,6 +97,21 @@ def words_of(settings:dict)->list[str]:
     "`{'run.steps': 20}` as the words of a command line."
     return [f'{k}={yaml.safe_dump(v, default_flow_style=True, width=10**6).splitlines()[0]}' for k, v in settings.items()]
 
+def check_resumes(
+    name:str,
+    run:dict,   # its entry; `resumes: {run: a, step: 100}` begins it at a's checkpoint of that step, the place in the data forgotten
+    tier:dict,
+):
+    "Refuse a run that begins at a checkpoint which the other run does not keep."
+    from jepa_nb.config import load_config
+    at = run.get('resumes')
+    if at is None: return
+    if not isinstance(at, dict) or set(at) != {'run', 'step'}: raise CliError(f"run {name}: resumes should be {{run: ..., step: ...}}, not {at!r}")
+    parent = tier['runs'][known('run', at['run'], tier['runs'])]
+    keep_at = load_config(parent['recipe'], words_of(tier.get('settings', {}) | parent.get('settings', {}))).run.keep_at
+    if at['step'] not in keep_at: raise CliError(f"run {name}: resumes step {at['step']} of {at['run']}, which keeps those of run.keep_at={list(keep_at)}")
+    if lacking := set(run.get('seeds', [0]))-set(parent.get('seeds', [0])): raise CliError(f"run {name}: resumes {at['run']}, which has no seed {min(lacking)}")
+
 def read_tier(
     path:str|Path,  # params/<tier>.yaml
 )->dict:            # the same, checked
@@ -114,13 +130,14 @@ def read_tier(
             if not isinstance(v, TIER_KEYS[k]): raise CliError(f"{k}: should be a {TIER_KEYS[k].__name__}, not {v!r}")
         for name, run in tier['runs'].items():
             if not isinstance(run, dict) or 'recipe' not in run: raise CliError(f"run {name}: needs a recipe, e.g. {{recipe: params/train/fn_tiny_dyntanh.yaml}}")
-            for k in run: known(f'entry of run {name}', k, ('recipe', 'seeds', 'settings'))
+            for k in run: known(f'entry of run {name}', k, ('recipe', 'seeds', 'settings', 'probe', 'resumes'))
             load_config(run['recipe'], words_of(tier.get('settings', {}) | run.get('settings', {})))
         for name, head in tier.get('depth', {}).items():
             if name == 'runs':
                 for r in head: known('run', r, tier['runs'])
             elif not isinstance(head, dict): raise CliError(f"depth head {name}: should be a mapping of settings, such as steps: 300, not {head!r}")
             else: make_depth({k:v for k, v in head.items() if k not in DEPTH_OPTIONS}, where=f'depth.{name}.')
+        for name, run in tier['runs'].items(): check_resumes(name, run, tier)
         for stem, fig in tier['figures'].items():
             if not isinstance(fig, dict): raise CliError(f"figure {stem}: should be a mapping of runs and params, not {fig!r}")
             for k in fig: known(f'entry of figure {stem}', k, ('runs', 'data', 'params'))
@@ -131,7 +148,7 @@ def read_tier(
     except (CliError, ConfigError) as e: raise CliError(f"{path}: {str(e).removeprefix(f'{path}: ')}") from None
     return tier
 
-# %% ../nbs/51_cli.ipynb #49c3ffa0
+# %% ../nbs/51_cli.ipynb #d8eda58b
 class Verbs(click.Group):
     def list_commands(self, ctx): return list(self.commands) # in the order of the book
 
@@ -153,25 +170,29 @@ def seed_folder(recipe, words, out):
 @click.argument('words', nargs=-1, metavar='[NAME=VALUE]...')
 @click.option('--out', metavar='DIR', help='Run folder; default runs/<recipe>/seed<k>. A run that is there goes on.')
 @click.option('--restart-if-changed', is_flag=True, help='Move a run that was begun with other settings aside, and begin anew.')
-def train(recipe, words, out, restart_if_changed):
+@click.option('--from', 'start', metavar='CHECKPOINT', help="Begin a new run at another one's checkpoint, its place in the data forgotten: a resume as FN's code does it.")
+def train(recipe, words, out, restart_if_changed, start):
     "Train a recipe: a YAML file, and settings laid over it, e.g. run.steps=2000."
     cfg, run = seed_folder(recipe, words, out)
-    from jepa_nb.train import train
-    if restart_if_changed: move_aside(run, cfg)
-    click.echo(train(cfg, run))
+    from jepa_nb.train import train, verify
+    if start is not None: verify(Path(start))
+    if restart_if_changed: move_aside(run, cfg, start)
+    click.echo(train(cfg, run, start=start))
 
-# %% ../nbs/51_cli.ipynb #b1f4ccfb
+# %% ../nbs/51_cli.ipynb #832ed0c5
 def move_aside(
     run:Path,
     cfg, # the Config that the run would go on with
+    start=None, # the checkpoint that it would have begun at
 ):
     "Rename a run folder that cannot go on with `cfg` to <run>.old-<n>."
     from jepa_nb.config import ConfigError, load_config
-    from jepa_nb.train import RunError, checkpoints, only_writer, same_config
+    from jepa_nb.train import RunError, checkpoints, newest, only_writer, same_config, same_start
     if not (found := checkpoints(run)): return
     with only_writer(run):
         try:
             same_config(run, load_config(found[-1]/'config.yaml'), cfg)
+            if start is not None: same_start(run, newest(run)[1].get('begun_from'), start)
             if int(found[-1].name[5:]) <= cfg.run.steps: return
         except (RunError, ConfigError): pass
         n = next(n for n in range(1, 10**6) if not run.with_name(f'{run.name}.old-{n}').exists())
@@ -210,7 +231,7 @@ def eval_(run, words, train_data, test_data, out, **kw):
     click.echo(f"{r['run']} seed {r['seed']}: {r['acc_chosen']:.1%} at depth {r['chosen_depth']}, chosen on held-out training images; "
                f"best on test {r['acc_best_on_test']:.1%}; k-NN {r['knn_chosen']:.1%}" + (f"; {out}" if out else ''))
 
-# %% ../nbs/51_cli.ipynb #d8eda58b
+# %% ../nbs/51_cli.ipynb #94b81e9a
 @cli.command('depth')
 @click.argument('run')
 @click.argument('words', nargs=-1, metavar='[depth.NAME=VALUE]...')
@@ -241,6 +262,28 @@ def depth_(run, words, train_data, test_data, out, **kw):
     gain = r['gain_over_constant']['rmse_oracle']
     click.echo(f"{r['run']} seed {r['seed']}: RMSE {r['rmse_oracle']:.3f} m with the truth's scale (FN's), {r['rmse_lsq']:.3f} by least squares, {r['rmse_metric']:.3f} metric; "
                f"{gain[0]:+.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}] better than a constant map, {r['n_test']} images" + (f"; {out}" if out else ''))
+
+# %% ../nbs/51_cli.ipynb #88811783
+@cli.command()
+@click.argument('run')
+@click.option('--train', 'train_data', metavar='DATA', help="Images for the scores, and labelled for the probes: 'folder/train-*.tar', a folder, or scenes; default the run's own.")
+@click.option('--test', 'test_data', metavar='DATA', help="Labelled images that the probes are tested on; default the test half of the run's own.")
+@click.option('--out', metavar='FILE', help='Default: eval/ranks.json in the run folder.')
+@click.option('--rank-images', type=click.IntRange(2), default=25_600, show_default=True, help='Of RankMe; fewer when there are fewer.')
+@click.option('--lidar-images', type=click.IntRange(2), default=1000, show_default=True)
+@click.option('--lidar-views', type=click.IntRange(2), default=50, show_default=True, help='Of each image.')
+@click.option('--train-images', type=int, help='Fit the probes to at most so many.')
+@click.option('--test-images', type=int)
+@click.option('--tier')
+def ranks(run, train_data, test_data, out, **kw):
+    "RankMe, LiDAR and a probe of the checkpoints that RUN keeps (run.keep_at), to see how well the scores judge."
+    from jepa_nb.probes import figure_source, rank_checkpoints
+    from jepa_nb.train import only_writer, open_run
+    cfg, out = open_run(run, parts=('teacher',))[1], out or f'{run}/eval/ranks.json'
+    with only_writer(Path(run)): r = rank_checkpoints(run, figure_source(train_data, cfg, 'train'), figure_source(test_data, cfg, 'test'), out, progress=sys.stderr.isatty(), **kw)
+    for c in r['checkpoints']: click.echo(f"{r['run']} seed {r['seed']} step {c['step']}: {c['acc']:.1%}  RankMe {c['rankme']:.1f} (released {c['rankme_released']:.1f})  "
+                                          f"LiDAR {c['lidar']:.1f} (released {c['lidar_released']:.1f})")
+    click.echo(out)
 
 # %% ../nbs/51_cli.ipynb #f7cac44c
 @cli.command()
@@ -417,6 +460,6 @@ def main(
         code = click.echo(f'jepa_nb: {e}', err=True) or 1
     sys.exit(code if isinstance(code, int) else 0)
 
-# %% ../nbs/51_cli.ipynb #832ed0c5
+# %% ../nbs/51_cli.ipynb #94d89bf0
 #| eval: false
 if __name__ == '__main__' and __spec__: main() # `python -m jepa_nb.cli`; a notebook has no __spec__

@@ -200,7 +200,7 @@ class OptimConfig:
     decay_all:bool=False   # released: weight decay on norms, biases, alpha and mask token too
     stretch:Annotated[float, Field(ge=1)]=1. # ijepa, weight_decay_end, teacher.ramp null: as if the run were so many times as long
 
-# %% ../nbs/00_config.ipynb #8e35bda7
+# %% ../nbs/00_config.ipynb #d5c2b081-5
 @dataclass(frozen=True, config=STRICT)
 class RunConfig:
     "One training run."
@@ -216,7 +216,15 @@ class RunConfig:
     log_every:Count=20        # steps
     save_every:Count=500      # steps between checkpoints
     keep:Count=2              # newest checkpoints kept
-    metrics_every:Whole=0     # steps between RankMe values; 0 is every log line
+    keep_at:tuple[Count, ...]=() # steps whose checkpoints are written and never removed, e.g. [100, 200]
+    metrics_every:Whole=0     # steps between RankMe values of a batch; 0 is every log line
+    rank_every:Whole=0        # steps between the four rank scores (31_metrics), a multiple of log_every; 0: never
+    rank_images:Count=25_600  # images of RankMe, or all there are (Garrido 2023)
+    lidar_images:Count=1000   # images of LiDAR (Thilak 2023)
+    lidar_views:Annotated[int, Field(ge=2)]=50 # views of each
+
+    def __post_init__(self):
+        if self.rank_every%self.log_every: raise ValueError(f"rank_every {self.rank_every} is not a multiple of log_every {self.log_every}: scores stand in a line of the log")
 
 @dataclass(frozen=True, config=STRICT)
 class Config:
@@ -336,7 +344,7 @@ def _words(words):
         out = _merge(out, d)
     return out
 
-# %% ../nbs/00_config.ipynb #2507599e
+# %% ../nbs/00_config.ipynb #63be5ac2
 def make_config(
     d:dict,             # nested, as in a recipe
     words=(),           # 'group.name=value', laid over it

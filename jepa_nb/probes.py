@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PENALTIES', 'T95', 'square', 'image_tokens', 'open_encoder', 'tell_skipped', 'squares', 'extract', 'fit_linear',
            'hits', 'fit_logistic', 'probe_depth', 'linear_probe', 'knn', 'raw_pixels', 'bootstrap', 'labelled',
-           'decoded', 'refuse_shared', 'images_seen', 'evaluate', 'at', 'find_runs', 'read_probe', 'read_baselines',
-           'above_baselines', 'figure_source', 'paired_interval', 'verdict', 'read_image', 'fit_patches', 'encode']
+           'decoded', 'refuse_shared', 'images_seen', 'evaluate', 'kept', 'rank_checkpoints', 'at', 'find_runs',
+           'read_probe', 'read_ranks', 'read_baselines', 'above_baselines', 'figure_source', 'paired_interval',
+           'verdict', 'read_image', 'fit_patches', 'encode']
 
-# %% ../nbs/40_probes.ipynb #fdb531fa
+# %% ../nbs/40_probes.ipynb #e46d4abe
 import io
 import json
 import math
@@ -28,9 +29,10 @@ from tqdm import tqdm
 
 from .config import Config
 from .data import BadImage, DataError, open_source
+from .metrics import check_scores, rank_scores
 from .patches import Tokens, centre_crop, positions, resize
 from .show import file_hash, root, short, weights_file, write_atomic
-from .train import RunError, open_run, random_model
+from .train import RunError, checkpoints, open_run, random_model
 
 # %% ../nbs/40_probes.ipynb #2add255a
 def square(
@@ -342,7 +344,42 @@ def evaluate(
         write_atomic(out, json.dumps(result, indent=1)+'\n')
     return result
 
-# %% ../nbs/40_probes.ipynb #2c2ab528
+# %% ../nbs/40_probes.ipynb #44591839
+def kept(run:str|Path)->list[Path]:
+    "The checkpoints of a run that are meant to be looked at: those of `run.keep_at`, and the newest."
+    found = checkpoints(run)
+    if not found: raise RunError(f"{short(run)}: no checkpoint there; `jepa_nb train RECIPE --out {short(run)}` makes one")
+    keep_at = open_run(found[-1], parts=('teacher',))[1].run.keep_at
+    return [c for c in found if c == found[-1] or int(c.name[5:]) in keep_at]
+
+def rank_checkpoints(
+    run:str|Path,            # a run folder
+    train, test,             # sources with labels; scores are taken on the first
+    out=None,                # where to write: JSON; each probe goes beside it as probe_<checkpoint>.json and .npz; None writes nothing
+    rank_images:int=25_600, lidar_images:int=1000, lidar_views:int=50, # see `rank_scores`
+    train_images=None, test_images=None, side=None, # of the probes, see `evaluate`
+    tier=None,
+    progress:bool=True,
+)->dict:
+    "Probe the kept checkpoints of a run and take the four rank scores of each; before training, too."
+    start, device = time.time(), 'cuda' if torch.cuda.is_available() else 'cpu'
+    check_scores(train, lidar_images, lidar_views)
+    rows, folders = [], kept(run)
+    cfg = open_run(folders[-1], parts=('teacher',))[1]
+    for folder in [None, *folders]:
+        step = int(folder.name[5:]) if folder else 0
+        jepa = (open_run(folder, parts=('encoder', 'teacher'))[0] if folder else random_model(cfg)).to(device)
+        scores = rank_scores(jepa, train, rank_images, lidar_images, lidar_views, progress=f'step {step}' if progress else None)
+        p = evaluate(folder or cfg, train, test, out and Path(out).with_name(f'probe_step_{step:08d}.json'), side, train_images=train_images, test_images=test_images,
+                     name=cfg.run.name, seed=cfg.run.seed, tier=tier, progress=progress)
+        rows.append(dict(step=step, images=p['images_seen'], acc=p['acc_chosen'], low=p['acc_interval'][0], high=p['acc_interval'][1], depth=p['chosen_depth'],
+                         knn=p['knn_chosen'], **scores, sha256=p['checkpoint_sha256']))
+    result = dict(run=cfg.run.name, norm=cfg.encoder.norm_out, seed=cfg.run.seed, tier=tier, data=short(train.name), test=short(test.name), n_train=p['n_train'], n_test=p['n_test'],
+                  rank_images=min(rank_images, len(train)), lidar_images=lidar_images, lidar_views=lidar_views, dim=cfg.encoder.dim, checkpoints=rows, seconds=round(time.time()-start, 1))
+    if out is not None: write_atomic(out, json.dumps(result, indent=1)+'\n')
+    return result
+
+# %% ../nbs/40_probes.ipynb #6888aca5
 def at(path)->Path:
     "A path as given or, from a notebook's own folder, as seen from the repository."
     return Path(path) if Path(path).exists() or Path(path).is_absolute() else root()/path
@@ -369,6 +406,14 @@ def read_probe(
     for p in ((path,) if path.is_file() else (path/'eval'/'probe.json', path/'probe.json')):
         if p.is_file(): return json.loads(p.read_text())
     raise RunError(f"{short(path)}: not evaluated; `jepa_nb eval {short(path)}` does it")
+
+def read_ranks(
+    run, # a run folder
+)->dict:
+    "What `rank_checkpoints` left for a run."
+    for p in (at(run)/'eval'/'ranks.json', at(run)/'ranks.json'):
+        if p.is_file(): return json.loads(p.read_text())
+    raise RunError(f"{short(run)}: its checkpoints have no rank scores; `jepa_nb ranks {short(run)}` takes them")
 
 def read_baselines(
     runs,             # run folders
@@ -458,7 +503,7 @@ def fit_patches(
     f = min(1, largest*patch/max(H, W))
     return resize(image, tuple(min(max(round(f*s/patch), 1), largest)*patch for s in (H, W)))
 
-# %% ../nbs/40_probes.ipynb #e46d4abe
+# %% ../nbs/40_probes.ipynb #1d6aac46
 @torch.inference_mode()
 def encode(
     model,               # path of a run or checkpoint, JEPA (its teacher), or Encoder

@@ -6,10 +6,10 @@
 __all__ = ['PARTS', 'FREE', 'lr_at', 'beta_at', 'decay_at', 'param_groups', 'make_optimizer', 'RunError', 'sha256', 'new_folder',
            'write_json', 'save_checkpoint', 'checkpoints', 'verify', 'newest', 'random_model', 'load_weights',
            'open_run', 'ship', 'only_writer', 'Stop', 'Place', 'pick_device', 'place_of', 'matmul_error', 'arithmetic',
-           'seeded', 'to_device', 'Meter', 'cut_log', 'read_log', 'feature_signs', 'same_config', 'data_print', 'begin',
-           'update', 'Guard', 'train', 'finished', 'Book']
+           'seeded', 'to_device', 'Meter', 'cut_log', 'read_log', 'feature_signs', 'own_scores', 'same_config',
+           'data_print', 'forget_data', 'same_start', 'begin', 'update', 'Guard', 'train', 'finished', 'Book']
 
-# %% ../nbs/32_train.ipynb #4dc4d1c4
+# %% ../nbs/32_train.ipynb #5665576a
 import fcntl
 import hashlib
 import json
@@ -37,10 +37,10 @@ from tqdm import tqdm
 from .config import Config, ConfigError, OptimConfig, TeacherConfig, load_config, save_config
 from .data import open_data
 from .jepa import JEPA, ema_, teach
-from .metrics import collapse, rankme
+from .metrics import check_scores, collapse, rank_scores, rankme
 from .packing import loader
 
-# %% ../nbs/32_train.ipynb #5665576a
+# %% ../nbs/32_train.ipynb #090d36f2
 def lr_at(
     step:int,           # index of the update, from 0
     optim:OptimConfig,
@@ -149,7 +149,7 @@ def write_json(path:Path, d:dict):
     tmp.write_text(json.dumps(d, indent=1)+'\n')
     _sync(tmp); os.replace(tmp, path)
 
-# %% ../nbs/32_train.ipynb #a4b1b54e
+# %% ../nbs/32_train.ipynb #a5e99815
 def _optim_tensors(model, opt):
     "`{parameter name}.{exp_avg, exp_avg_sq, step}` of every parameter that was updated."
     return {f'{n}.{k}':v for n, p in model.named_parameters() if p in opt.state for k, v in opt.state[p].items()}
@@ -173,7 +173,7 @@ def save_checkpoint(
     cfg:Config,
     state:dict,       # JSON-able; has `step`
 )->Path:              # run/checkpoints/step_00000500
-    "Write a checkpoint, then remove all but the newest `cfg.run.keep`."
+    "Write a checkpoint, then remove all but the newest `cfg.run.keep` and those of the steps `cfg.run.keep_at`."
     folder = Path(run)/'checkpoints'/f"step_{state['step']:08d}"
     with new_folder(folder) as tmp:
         save_file(_cpu(jepa.state_dict()), tmp/'model.safetensors')
@@ -181,7 +181,8 @@ def save_checkpoint(
         save_config(cfg, tmp/'config.yaml')
         state = dict(state, sha256={f.name:sha256(f) for f in sorted(tmp.iterdir())})
         (tmp/'state.json').write_text(json.dumps(dict(state, check=_check(state)), indent=1))
-    for old in checkpoints(run)[:-cfg.run.keep]: shutil.rmtree(old, ignore_errors=True)
+    for old in checkpoints(run)[:-cfg.run.keep]:
+        if int(old.name[5:]) not in cfg.run.keep_at: shutil.rmtree(old, ignore_errors=True)
     return folder
 
 # %% ../nbs/32_train.ipynb #72af46b1
@@ -262,7 +263,7 @@ def open_run(
     load_weights(jepa, folder/'model.safetensors', parts)
     return jepa.eval(), cfg
 
-# %% ../nbs/32_train.ipynb #bf00ca98
+# %% ../nbs/32_train.ipynb #c33cf42b
 def ship(
     run:str|Path,       # anything `open_run` opens
     out:str|Path,       # folder to write: config.yaml, model.safetensors, SHA256SUMS
@@ -278,6 +279,7 @@ def ship(
         save_config(cfg, tmp/'config.yaml')
         (tmp/'SHA256SUMS').write_text(''.join(f'{sha256(tmp/n)}  {n}\n' for n in ('config.yaml', 'model.safetensors')))
         if (Path(run)/'eval').is_dir(): shutil.copytree(Path(run)/'eval', tmp/'eval') # what is known about it travels along
+        if (Path(run)/'log.jsonl').is_file(): shutil.copy(Path(run)/'log.jsonl', tmp/'log.jsonl')
     return out
 
 # %% ../nbs/32_train.ipynb #3cab0bc7-2
@@ -426,7 +428,7 @@ class Meter:
         return dict(loss=loss/max(n, 1), moe_loss=moe/max(n, 1), kept_context=context/max(batches, 1),
                     kept_target=target/max(batches, 1), used=used, skipped=self.skipped)
 
-# %% ../nbs/32_train.ipynb #2eb31862
+# %% ../nbs/32_train.ipynb #62de5e15
 def cut_log(path:Path, step:int):
     "Keep the lines of `path` up to `step`; a half-written last line goes too."
     kept = []
@@ -442,7 +444,7 @@ def read_log(run:str|Path)->dict:
     path = Path(run)/'log.jsonl'
     if not path.is_file(): raise RunError(f"{path}: no log; make one with `jepa_nb train RECIPE --out {run}`")
     lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')] # a run may be writing the last
-    return {k:[d.get(k) for d in lines] for k in (lines[0] if lines else {})}
+    return {k:[d.get(k) for d in lines] for k in dict.fromkeys(k for d in lines for k in d)} # a column that came later is None before
 
 @torch.no_grad()
 def feature_signs(jepa:JEPA, pack, amp)->dict:
@@ -452,9 +454,14 @@ def feature_signs(jepa:JEPA, pack, amp)->dict:
     with amp: z = teach(jepa, pack)[pack.target >= 0]
     jepa.teacher.train(mode)
     return dict(rankme=rankme(z), **{f'feature_{k}':v for k, v in collapse(z).items()})
+def own_scores(jepa:JEPA, source)->dict:
+    "The four rank scores, as the run's settings ask for them."
+    r = jepa.cfg.run
+    return rank_scores(jepa, source, r.rank_images, r.lidar_images, r.lidar_views)
 
 # %% ../nbs/32_train.ipynb #c925083c
-FREE = ('run.steps', 'run.keep', 'run.log_every', 'run.save_every', 'run.name', 'data.workers')
+FREE = ('run.steps', 'run.keep', 'run.keep_at', 'run.log_every', 'run.save_every', 'run.rank_every', 'run.rank_images', 'run.lidar_images',
+        'run.lidar_views', 'run.name', 'data.workers')
 
 def _flat(d, prefix=''):
     out = {}
@@ -473,26 +480,49 @@ def data_print(source)->str|None:
     "Checksum of what a local source holds, as far as planning goes: the sizes and order of its images."
     return hashlib.sha256(np.ascontiguousarray(source.sizes, dtype=np.int32).tobytes()).hexdigest() if hasattr(source, 'sizes') else None
 
-# %% ../nbs/32_train.ipynb #5c7c8bce
+# %% ../nbs/32_train.ipynb #33aa5adf
+def forget_data(
+    planner:dict, # state of a planner
+)->dict:
+    "The state of a planner at the beginning of the next epoch, nobody waiting: a resume as FN's code does it."
+    if 'images' not in planner: raise RunError("a stream counts no epochs; only a run on local data can forget its place in them")
+    images = planner['images']
+    return dict(planner, next_draw=-(-planner['next_draw']//images)*images, pool=[])
+
+def same_start(
+    run:Path,
+    begun_from:str|None,    # sha256 of the weights that the run began with
+    start:str|Path|None,    # what it is asked to begin with; None asks nothing
+):
+    "Refuse to go on with a run that began elsewhere."
+    if start is not None and begun_from != sha256(Path(start)/'model.safetensors'):
+        raise RunError(f"{run}: did not begin at {start} as it is now; choose another folder")
+
+# %% ../nbs/32_train.ipynb #0feb47e4
 def begin(
     cfg:Config,
     run:Path,
     place:Place,
     data:str|None,    # checksum of the data
+    start:str|Path|None=None, # another run's checkpoint; None: random weights
 )->tuple[JEPA,torch.optim.Optimizer,dict]: # model and optimiser on the device, and the state to go on from
     "A new run, or the newest whole checkpoint of one."
     jepa = random_model(cfg).to(place.device).train()
     opt = make_optimizer(jepa, cfg.optim)
     found = place.agree(newest(run) if place.rank == 0 else None)
-    if not found: return jepa, opt, dict(step=0, images=0, seconds=0., data=data, planner=None, meter=None)
-    folder, state = found
+    if found: folder, state = found; same_start(run, state.get('begun_from'), start)
+    elif start is not None:
+        folder = Path(start)
+        state = dict(verify(folder), begun_from=sha256(folder/'model.safetensors'), seconds=0., meter=None)
+        state['planner'] = forget_data(state['planner'])
+    else: return jepa, opt, dict(step=0, images=0, seconds=0., data=data, planner=None, meter=None)
     same_config(run, load_config(folder/'config.yaml'), cfg)
     if data != state['data']: raise RunError(f"{run}: the images have changed since it was begun (number, sizes or order); choose another folder")
     load_weights(jepa, folder/'model.safetensors')
     _load_optim(jepa, opt, load_file(folder/'optim.safetensors'), folder)
     return jepa, opt, state
 
-# %% ../nbs/32_train.ipynb #33aa5adf
+# %% ../nbs/32_train.ipynb #9c7b0635
 def update(
     opt:torch.optim.Optimizer,
     lr:float,
@@ -522,19 +552,21 @@ class Guard:
             raise RunError(f"{run}: the loss or its gradient was not finite in update {step+1}, which was not made; "
                            "the newest checkpoint is from before it; a lower optim.lr or longer optim.warmup may help")
 
-# %% ../nbs/32_train.ipynb #0feb47e4
+# %% ../nbs/32_train.ipynb #867f6dcb
 def train(
     cfg:Config,
     out:str|Path,        # run folder; a run that is there goes on from its newest whole checkpoint
     progress:bool=True,  # a bar on a terminal, a line per log line elsewhere
+    start:str|Path|None=None, # a new run begins at this checkpoint of another one, its place in the data forgotten, see `forget_data`
 )->Path:                 # the run folder
     "Train to `cfg.run.steps`: batch, loss, backward, step, teacher, log, save."
     run = Path(out)
     with place_of(cfg) as place, (only_writer(run) if place.rank == 0 else nullcontext()), Stop() as stop:
-        if place.agree(finished(run, cfg) if place.rank == 0 else None): return run # only the first holds the lock
+        if place.agree(finished(run, cfg, start) if place.rank == 0 else None): return run # only the first holds the lock
         device, facts = place.device, arithmetic(cfg, place.device)
         source = open_data(cfg.data)
-        jepa, opt, state = begin(cfg, run, place, data_print(source))
+        if cfg.run.rank_every: check_scores(source, cfg.run.lidar_images, cfg.run.lidar_views)
+        jepa, opt, state = begin(cfg, run, place, data_print(source), start)
         batches = loader(source, cfg, rank=place.rank, world=place.world, state=state['planner'], workers=cfg.data.workers)
         amp = torch.autocast(device.type, torch.bfloat16, enabled=facts['dtype'] == 'bfloat16')
         model = torch.compile(jepa) if cfg.run.compile else jepa
@@ -564,22 +596,22 @@ def train(
             last, stopping = step+1 == cfg.run.steps, book.stopping(step, stop)
             if last or (step+1)%cfg.run.log_every == 0:
                 guard.check(run)
-                book.line(step, meter, norm, lambda: feature_signs(jepa, pack, amp))
-            if last or stopping or (step+1)%cfg.run.save_every == 0:
+                book.line(step, meter, norm, lambda: feature_signs(jepa, pack, amp), lambda: own_scores(jepa, source))
+            if last or stopping or (step+1)%cfg.run.save_every == 0 or step+1 in cfg.run.keep_at:
                 guard.check(run)
                 book.save(step, meter, jepa, opt, batch.state)
             if stopping: book.stop(step, stopping)
         book.finish(cfg.run.steps)
     return run
 
-# %% ../nbs/32_train.ipynb #b220d934
-def finished(run:Path, cfg:Config)->bool:
+# %% ../nbs/32_train.ipynb #3ddd739d
+def finished(run:Path, cfg:Config, start=None)->bool:
     "Whether `run` already has all its steps."
     if not (run/'done.json').is_file(): return False
     try: done = json.loads((run/'done.json').read_text())
     except ValueError: return False
     if not (run/'config.yaml').is_file() or not checkpoints(run): return False
-    same_config(run, load_config(run/'config.yaml'), cfg)
+    same_config(run, load_config(run/'config.yaml'), cfg); same_start(run, done.get('begun_from'), start)
     return done['step'] >= cfg.run.steps
 
 class Book:
@@ -587,6 +619,7 @@ class Book:
     def __init__(self, run, cfg, place, state, facts, progress):
         self.run, self.cfg, self.place, self.facts = run, cfg, place, facts
         self.images, self.seconds, self.data = state['images'], state['seconds'], state['data']
+        self.begun = {k:state[k] for k in ('begun_from',) if k in state}
         self.saved = None; self.now = self.then = time.perf_counter(); self.images_then = self.images
         self.write = place.rank == 0
         if not self.write: self.images = 0
@@ -607,17 +640,19 @@ class Book:
         now = time.perf_counter(); self.seconds += now-self.now; self.now = now
         return self.seconds
 
-    def line(self, step, meter, norm, signs):
+    def line(self, step, meter, norm, signs, scores):
         "Write one line of the log."
         self.images += meter.gather()
         if not self.write: return
-        every = self.cfg.run.metrics_every
-        signs = signs() if not every or (step+1)%every == 0 or step+1 == self.cfg.run.steps else {}
+        due = lambda every: (step+1)%every == 0 or step+1 == self.cfg.run.steps
+        every, scored = self.cfg.run.metrics_every, self.cfg.run.rank_every
+        signs = signs() if not every or due(every) else {}
         rate = (self.images-self.images_then)/(time.perf_counter()-self.then)
+        ranks = dict(ranks=scores() if due(scored) else None) if scored else {}
         self.then, self.images_then = time.perf_counter(), self.images
         d = dict(step=step+1, images=self.images, **meter.means(), grad_norm=norm.item(), lr=lr_at(step, self.cfg.optim, self.cfg.run.steps),
                  beta=beta_at(step, self.cfg.teacher, self.cfg.optim.stretch*self.cfg.run.steps), **{k:signs.get(k) for k in ('rankme', 'feature_std', 'feature_cosine')},
-                 images_per_second=round(rate, 2), seconds=round(self.clock(), 2))
+                 **ranks, images_per_second=round(rate, 2), seconds=round(self.clock(), 2))
         self.log.write(json.dumps(d)+'\n')
         text = f"loss {d['loss']:.4f} pad {1-d['used']:.1%} {rate:.0f} img/s"
         if self.bar: self.bar.set_postfix_str(text, refresh=False); self.bar.update(step+1-self.bar.n)
@@ -631,7 +666,7 @@ class Book:
         self.images += meter.gather()
         if not self.write or self.saved == step: return
         os.fsync(self.log.fileno())
-        state = dict(step=step+1, images=self.images, seconds=self.clock(), data=self.data, planner=planner, meter=meter.state(), facts=self.facts)
+        state = dict(step=step+1, images=self.images, seconds=self.clock(), data=self.data, planner=planner, meter=meter.state(), facts=self.facts, **self.begun)
         self.folder, self.saved = save_checkpoint(self.run, jepa, opt, self.cfg, state), step
 
     def stopping(self, step, stop)->int:
@@ -655,4 +690,4 @@ class Book:
         self.log.close()
         folder = getattr(self, 'folder', None) or newest(self.run)[0]
         write_json(self.run/'done.json', dict(step=steps, images=self.images, seconds=round(self.seconds, 2), checkpoint=folder.name,
-                                              sha256=sha256(folder/'model.safetensors'), **self.facts))
+                                              sha256=sha256(folder/'model.safetensors'), **self.facts, **self.begun))

@@ -18,13 +18,14 @@ if verb == 'data':
     for k in range(-(-images//1000)): (out/f'{split}-{k:06d}.tar').write_text(' '.join(words))
 elif verb == 'train':
     out, steps = Path(given['--out']), int(os.environ.get('STUB_STEPS', 1))
+    if '--from' in given and not Path(given['--from']).parents[1].joinpath('done.json').exists(): sys.exit(f"{given['--from']}: not there yet")
     out.mkdir(parents=True, exist_ok=True)
     done = len((out/'steps').read_text().split()) if (out/'steps').exists() else 0
     for _ in range(done, steps):
         with open(out/'steps', 'a') as f: f.write(f'{os.getpid()}\n')
         time.sleep(.1)
     (out/'done.json').write_text('{}')
-elif verb in ('eval', 'depth'):
+elif verb in ('eval', 'depth', 'ranks'):
     out = Path(given['--out'])
     out.parent.mkdir(parents=True, exist_ok=True)
     for s in ('.json', '.npz', '.safetensors') if verb == 'depth' else ('.json',): out.with_suffix(s).write_text(' '.join(words))

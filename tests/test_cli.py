@@ -26,7 +26,10 @@ def jepa_nb(*words, cwd=ROOT, **env):
     (['train', RECIPE, 'run.steps'], 1, 'name=value'),
     (['train', RECIPE, 'data.kind=shards', 'data.path=nowhere/train-*.tar', '--out', '{tmp}/run'], 1, 'nowhere/train-*.tar'),
     (['train', RECIPE, 'data.kind=folder', 'data.path={tmp}', '--out', '{tmp}/run'], 1, '{tmp}'),
+    (['train', RECIPE, '--from', '{tmp}/nothing', '--out', '{tmp}/run'], 1, '{tmp}/nothing'),
+    (['train', RECIPE, 'run.rank_every=30'], 1, 'rank_every 30 is not a multiple of log_every 20'),
     (['eval', '{tmp}/nothing'], 1, '{tmp}/nothing: no checkpoint'),
+    (['ranks', '{tmp}/nothing'], 1, '{tmp}/nothing: no checkpoint'),
     (['eval', '{tmp}', 'run.steps=3'], 1, 'run.steps=3'),
     (['depth', '{tmp}/nothing'], 1, '{tmp}/nothing: no checkpoint'),
     (['depth', '{tmp}/nothing', 'depth.stesp=3'], 1, 'did you mean depth.steps?'),
@@ -47,7 +50,7 @@ def test_refusal(words, code, names, tmp_path):
     assert not (tmp_path/'run'/'checkpoints').exists()
 
 
-@pytest.mark.parametrize('words', ([], ['train'], ['eval'], ['depth'], ['figure'], ['data'], ['data', 'scenes'], ['reproduce']), ids=' '.join)
+@pytest.mark.parametrize('words', ([], ['train'], ['eval'], ['depth'], ['ranks'], ['figure'], ['data'], ['data', 'scenes'], ['reproduce']), ids=' '.join)
 def test_help(words):
     r = jepa_nb(*words, '--help')
     assert r.returncode == 0 and 'Usage: jepa_nb' in r.stdout
@@ -76,7 +79,10 @@ def test_figure_without_checkpoint(tmp_path):
     (lambda t: t['runs']['fn_ln'].update(recipe='nowhere.yaml'), 'nowhere.yaml: no such recipe'),
     (lambda t: t['depth']['main'].update(stesp=3), 'did you mean depth.main.steps?'),
     (lambda t: t['figures']['fn_fig5_context_target'].setdefault('params', {}).update(imags=3), 'imags: no such parameter'),
-], ids=['setting', 'value', 'entry', 'recipe', 'depth head', 'figure parameter'])
+    (lambda t: t['runs']['fn_drawn_resumed'].update(resumes=dict(run='fn_drawn', step=7)), 'run.keep_at=[4, 8]'),
+    (lambda t: t['runs']['fn_drawn_resumed'].update(resumes=dict(run='fn_darwn', step=8)), 'did you mean fn_drawn?'),
+    (lambda t: t['runs']['fn_drawn_resumed'].update(seeds=[0, 1]), 'has no seed 1'),
+], ids=['setting', 'value', 'entry', 'recipe', 'depth head', 'figure parameter', 'resumed step', 'resumed run', 'resumed seed'])
 def test_tier_is_checked_before_anything_starts(tmp_path, change, names):
     shutil.copytree(ROOT/'nbs/figures', tmp_path/'nbs/figures')
     shutil.copytree(ROOT/'params', tmp_path/'params')

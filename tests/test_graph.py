@@ -123,6 +123,18 @@ def test_depth_heads(tmp_path):
     edited('jepa_nb/depth.py', lambda s: s+'#\n')(folder)
     changed(**tier)(folder)
     assert plan(folder) == dict(depth=6, random_depth=4, figure=1)
+def test_a_run_that_begins_at_another(tmp_path):
+    "It waits for that one, and again when that one changes; a run that is not probed costs no evaluation."
+    settings = {'run.keep_at': [5]}
+    runs = dict(fn_a=RUN['fn_ln'] | dict(settings=settings, probe=False), fn_b=RUN['fn_ln'] | dict(settings=settings, probe=False, resumes=dict(run='fn_a', step=5)))
+    folder = clone(tmp_path/'tree', TIER | dict(runs=runs, figures=dict(b=dict(params=dict(images=3)))))
+    assert plan(folder) == dict(scenes_train=1, scenes_test=1, train=2, raw_pixels=1, figure=1)
+    r = make(folder, 'reproduce')
+    assert r.returncode == 0, r.stdout+r.stderr
+    assert plan(folder) == {}
+    runs['fn_a']['settings'] = settings | {'optim.lr': .01}
+    changed(runs=runs, figures=dict(b=dict(params=dict(images=3))))(folder)
+    assert plan(folder) == dict(train=2)
 
 
 @pytest.mark.parametrize('tier', TIERS)
