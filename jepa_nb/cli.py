@@ -92,7 +92,7 @@ def figure_notebook(stem:str)->Path:
     in_clone()
     return Path('nbs/figures')/(known('figure', stem, sorted(p.stem for p in Path('nbs/figures').glob('*.ipynb')))+'.ipynb')
 
-# %% ../nbs/51_cli.ipynb #e75d3f6d
+# %% ../nbs/51_cli.ipynb #ffc36412
 def words_of(settings:dict)->list[str]:
     "`{'run.steps': 20}` as the words of a command line."
     return [f'{k}={yaml.safe_dump(v, default_flow_style=True, width=10**6).splitlines()[0]}' for k, v in settings.items()]
@@ -130,7 +130,7 @@ def read_tier(
             if not isinstance(v, TIER_KEYS[k]): raise CliError(f"{k}: should be a {TIER_KEYS[k].__name__}, not {v!r}")
         for name, run in tier['runs'].items():
             if not isinstance(run, dict) or 'recipe' not in run: raise CliError(f"run {name}: needs a recipe, e.g. {{recipe: params/train/fn_tiny_dyntanh.yaml}}")
-            for k in run: known(f'entry of run {name}', k, ('recipe', 'seeds', 'settings', 'probe', 'resumes'))
+            for k in run: known(f'entry of run {name}', k, ('recipe', 'seeds', 'settings', 'probe', 'baseline', 'resumes'))
             load_config(run['recipe'], words_of(tier.get('settings', {}) | run.get('settings', {})))
         for name, head in tier.get('depth', {}).items():
             if name == 'runs':
@@ -460,6 +460,6 @@ def main(
         code = click.echo(f'jepa_nb: {e}', err=True) or 1
     sys.exit(code if isinstance(code, int) else 0)
 
-# %% ../nbs/51_cli.ipynb #94d89bf0
+# %% ../nbs/51_cli.ipynb #838b8531
 #| eval: false
 if __name__ == '__main__' and __spec__: main() # `python -m jepa_nb.cli`; a notebook has no __spec__

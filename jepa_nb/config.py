@@ -6,7 +6,7 @@
 __all__ = ['Count', 'Whole', 'Positive', 'NonNeg', 'Fraction', 'Share', 'Beta', 'Shares', 'Range', 'Norm', 'STRICT', 'RELEASED',
            'DEPTH_RELEASED', 'DataConfig', 'ScaleConfig', 'AugmentConfig', 'MaskConfig', 'PackConfig', 'EncoderConfig',
            'PredictorConfig', 'ObjectiveConfig', 'TeacherConfig', 'OptimConfig', 'RunConfig', 'Config', 'DepthConfig',
-           'ConfigError', 'setting_names', 'make_config', 'make_depth', 'load_config', 'save_config']
+           'ConfigError', 'setting_names', 'make_config', 'make_depth', 'read_recipe', 'load_config', 'save_config']
 
 # %% ../nbs/00_config.ipynb #d7e89c4a
 import difflib
@@ -121,9 +121,9 @@ class EncoderConfig:
     dim:Count=384
     depth:Count=12
     heads:Count=6
-    mlp:Literal['plain', 'diffmoe']='plain'
+    mlp:Literal['plain', 'diffmoe', 'expert_choice']='plain' # expert_choice: the older experts of FN's rows 1-4
     mlp_ratio:Positive=4.
-    experts:Count=16     # diffmoe only
+    experts:Count=16     # not with plain
     expert_init:Literal['fan_in', 'released']='fan_in' # released: fan-in taken as out*in, 20-40 times too small
     capacity_padding:bool=False   # released: padding slots count towards expert capacity and thresholds
     norm_block:Norm='layernorm'   # before attention and MLP
@@ -134,7 +134,7 @@ class EncoderConfig:
     attn_bias:bool=False          # on the linear layers around attention; IJ has it
     norm_eps:Positive=1e-5        # of LayerNorm and RMSNorm; IJ: 1e-6
     init:Literal['torch', 'vit', 'vit_scaled']='torch' # vit: IJ, normal of 0.02; vit_scaled: last layers of a block smaller by depth
-    pixels:Literal['unit', 'imagenet']='unit' # unit: [-1, 1]; imagenet: IJ, its mean and deviation per channel
+    pixels:Literal['unit', 'unit_bfloat16', 'imagenet']='unit' # unit: [-1, 1]; unit_bfloat16: released, rounded before it is scaled; imagenet: IJ, mean and deviation per channel
 
     def __post_init__(self): _check_width(self)
 
@@ -144,7 +144,7 @@ class PredictorConfig:
     dim:Count=256
     depth:Count=6
     heads:Count=4
-    mlp:Literal['plain', 'diffmoe']='plain'
+    mlp:Literal['plain', 'diffmoe', 'expert_choice']='plain'
     mlp_ratio:Positive=4.
     experts:Count=16
     expert_init:Literal['fan_in', 'released']='fan_in'
@@ -200,13 +200,16 @@ class OptimConfig:
     decay_all:bool=False   # released: weight decay on norms, biases, alpha and mask token too
     stretch:Annotated[float, Field(ge=1)]=1. # ijepa, weight_decay_end, teacher.ramp null: as if the run were so many times as long
 
-# %% ../nbs/00_config.ipynb #d5c2b081-5
+# %% ../nbs/00_config.ipynb #7fbb9e7c
 @dataclass(frozen=True, config=STRICT)
 class RunConfig:
     "One training run."
     name:str='run'
     seed:Whole=0
     steps:Count=1000
+    epochs:Positive|None=None # sets `steps` where neither recipe nor command line does: epochs*epoch_images/step_images
+    epoch_images:Count=1_281_167 # images in an epoch: ImageNet-1k's
+    step_images:Count|None=None  # images in an update, all rows together, as FN's Table 1 counts them
     accumulate:Count=1        # batches per update
     device:str='auto'         # auto: cuda, then mps, then cpu
     dtype:Literal['auto', 'float32', 'bfloat16']='auto' # auto: bfloat16 autocast on cuda, float32 elsewhere
@@ -290,10 +293,10 @@ class DepthConfig:
         if self.layers is not None and len(self.layers) != (4 if self.head == 'dpt' else 1):
             raise ValueError(f"head {self.head} reads {'four layers' if self.head == 'dpt' else 'one layer'}, not {len(self.layers)}")
 
-# %% ../nbs/00_config.ipynb #5e3c4cb1
+# %% ../nbs/00_config.ipynb #d7e89c4a-3
 RELEASED = dict(
     objective=dict(drop='row', teacher_routing='training'),
-    encoder=dict(expert_init='released', capacity_padding=True),
+    encoder=dict(expert_init='released', capacity_padding=True, pixels='unit_bfloat16'),
     predictor=dict(expert_init='released', capacity_padding=True),
     optim=dict(decay_all=True),
 )
@@ -323,12 +326,21 @@ def _explain(e:ValidationError, where:str, cls=Config):
     msg = err['msg'].removeprefix('Value error, ').replace('Input should be', 'should be')
     return f"{where}{name}: {msg}, not {err['input']!r}" if err['type'] != 'value_error' else f"{where}{name+': ' if name else ''}{msg}"
 
-# %% ../nbs/00_config.ipynb #f254e0f8
+# %% ../nbs/00_config.ipynb #c6c11824
 def _merge(under:dict, over:dict):
     "`over` laid on `under`, group by group."
     out = dict(under)
     for k, v in over.items(): out[k] = _merge(out[k], v) if isinstance(v, dict) and isinstance(out.get(k), dict) else v
     return out
+
+def _steps_of_epochs(d:dict)->dict:
+    "`run.steps` of a recipe that says `run.epochs` instead."
+    run = d.get('run')
+    if not isinstance(run, dict) or 'steps' in run or not isinstance(run.get('epochs'), (int, float)): return d
+    if not isinstance(n := run.get('step_images'), int) or n < 1:
+        raise ValueError(f"run.epochs {run['epochs']} needs run.step_images, the images in an update, not {n}")
+    steps = round(run['epochs']*run.get('epoch_images', RunConfig.epoch_images)/n)
+    return _merge(d, dict(run=dict(steps=max(steps, 1))))
 
 def _words(words):
     "`['masks.window=4']` as nested dicts; values are read as YAML."
@@ -344,7 +356,7 @@ def _words(words):
         out = _merge(out, d)
     return out
 
-# %% ../nbs/00_config.ipynb #63be5ac2
+# %% ../nbs/00_config.ipynb #50f90e3e
 def make_config(
     d:dict,             # nested, as in a recipe
     words=(),           # 'group.name=value', laid over it
@@ -353,6 +365,8 @@ def make_config(
     "Check every name and value; unknown names and values out of range raise ConfigError."
     d = _merge(d or {}, _words(words))
     if d.get('released'): d = _merge(RELEASED, d)
+    try: d = _steps_of_epochs(d)
+    except ValueError as e: raise ConfigError(f'{where}{e}') from None
     try: return TypeAdapter(Config).validate_python(d)
     except ValidationError as e: raise ConfigError(_explain(e, where)) from None
 
@@ -367,17 +381,26 @@ def make_depth(
     try: return TypeAdapter(DepthConfig).validate_python(d)
     except ValidationError as e: raise ConfigError(_explain(e, where, DepthConfig)) from None
 
+def read_recipe(
+    path:str|Path,      # YAML
+    above=(),           # recipes that name this one as their base
+)->dict:                # groups of settings
+    "A recipe's settings, laid over those of its `base`, a recipe in the same folder."
+    path = Path(path)
+    if path in above: raise ConfigError(f"{above[0]}: base: goes round in a circle: {' -> '.join(p.name for p in (*above, path))}")
+    if not path.is_file(): raise ConfigError(f"{f'{above[-1]}: base: ' if above else ''}{path}: no such recipe")
+    try: d = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ConfigError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(d, dict): raise ConfigError(f"{path}: a recipe is a mapping of groups to settings, not {type(d).__name__}")
+    base = d.pop('base', None)
+    return d if base is None else _merge(read_recipe(path.parent/str(base), (*above, path)), d)
+
 def load_config(
     path:str|Path,      # a YAML recipe
     words=(),           # 'group.name=value', laid over it
 )->Config:
     "Read a recipe."
-    path = Path(path)
-    if not path.is_file(): raise ConfigError(f"{path}: no such recipe")
-    try: d = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ConfigError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(d or {}, dict): raise ConfigError(f"{path}: a recipe is a mapping of groups to settings, not {type(d).__name__}")
-    return make_config(d, words, where=f'{path}: ')
+    return make_config(read_recipe(path), words, where=f'{path}: ')
 
 def save_config(cfg:Config, path:str|Path):
     "Write every setting, defaults too."

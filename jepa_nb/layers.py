@@ -148,7 +148,7 @@ class Attention(nn.Module):
         if rope is not None: q, k = rotate(q, rope), rotate(k, rope)
         return self.out(rearrange(attend(q.to(v.dtype), k.to(v.dtype), v, lay), 'n h d -> n (h d)'))
 
-# %% ../nbs/21_layers.ipynb #e7568a6c
+# %% ../nbs/21_layers.ipynb #7e79df48
 class MLP(nn.Module):
     "Two linear layers with a GELU between."
     def __init__(self,
@@ -160,10 +160,10 @@ class MLP(nn.Module):
         self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.approximate = 'tanh' if gelu == 'tanh' else 'none'
 
-    def forward(self, x:Tensor, lay:Layout)->tuple[Tensor,None]: # [n d] -> [n d], no loss of its own
+    def forward(self, x:Tensor, lay:Layout, raw:Tensor|None=None)->tuple[Tensor,None]: # [n d] -> [n d], no loss of its own
         return self.down(F.gelu(self.up(x), approximate=self.approximate)), None
 
-# %% ../nbs/21_layers.ipynb #7e79df48
+# %% ../nbs/21_layers.ipynb #bbda76c2
 def apply_norm(f:nn.Module, x:Tensor, lay:Layout)->Tensor: # [n d] -> [n d]
     "A norm on flat tokens; running statistics skip padding."
     return f(x, lay.is_real) if isinstance(f, RunningNorm) else f(x)
@@ -173,7 +173,7 @@ class Block(nn.Module):
     def __init__(self,
         dim:int,                # channels
         heads:int,
-        mlp:nn.Module,          # (x, lay) -> (y, loss or None)
+        mlp:nn.Module,          # (x, lay, what came before the norm) -> (y, loss or None)
         norm_block:str='layernorm',
         qk_norm:bool=True, attn_bias:bool=False, norm_eps:float=1e-5,
     ):
@@ -183,5 +183,5 @@ class Block(nn.Module):
 
     def forward(self, x:Tensor, rope:Tensor|None, lay:Layout)->tuple[Tensor,Tensor|None]: # [n d] -> [n d], loss
         x = x + self.attn(apply_norm(self.norm1, x, lay), rope, lay)
-        y, loss = self.mlp(apply_norm(self.norm2, x, lay), lay)
+        y, loss = self.mlp(apply_norm(self.norm2, x, lay), lay, x)
         return x + y, loss

@@ -35,7 +35,7 @@ def init_vit(
         for m in (block.attn.out, getattr(block.mlp, 'down', None)):
             if m is not None: m.weight /= (2*l)**.5
 
-# %% ../nbs/23_model.ipynb #70a33068
+# %% ../nbs/23_model.ipynb #02d8fbec
 def place(
     x:Tensor,    # [n d] flat
     pos:Tensor,  # [n 2]
@@ -50,16 +50,16 @@ class Encoder(nn.Module):
     def __init__(self,
         patch:int=16,           # pixels per patch side
         dim:int=384, depth:int=12, heads:int=6,
-        mlp:str='plain',        # or 'diffmoe'
+        mlp:str='plain',        # or 'diffmoe', 'expert_choice'
         mlp_ratio:float=4.,
-        experts:int=16, expert_init:str='fan_in', capacity_padding:bool=False, # diffmoe
+        experts:int=16, expert_init:str='fan_in', capacity_padding:bool=False, # of the experts
         norm_block:str='layernorm',
         norm_out:str='layernorm',# on the features
         gelu:str='tanh',
         position:str='rope',    # or 'sincos'
         qk_norm:bool=True, attn_bias:bool=False, norm_eps:float=1e-5,
         init:str='torch',       # or 'vit', 'vit_scaled'
-        pixels:str='unit',      # or 'imagenet'
+        pixels:str='unit',      # or 'unit_bfloat16', 'imagenet'
     ):
         super().__init__()
         new_mlp = lambda: make_mlp(mlp, dim, mlp_ratio, experts, gelu, expert_init, capacity_padding)
@@ -80,7 +80,7 @@ class Encoder(nn.Module):
             raise ValueError(f"patches have {tokens.x.shape[-1]} values; this encoder takes 3*{self.patch}*{self.patch}")
         lay = layout(tokens.sample, form)
         x = lay.flat(tokens.x)
-        x = to_unit(x) if x.dtype == torch.uint8 else x
+        if x.dtype == torch.uint8: x = to_unit(x, 'bfloat16' if self.pixels == 'unit_bfloat16' else 'float32')
         x = self.embed(to_imagenet(x) if self.pixels == 'imagenet' else x)
         x, rope = place(x, lay.flat(tokens.pos), self)
         hidden, losses = [x], []
@@ -107,7 +107,7 @@ class Encoder(nn.Module):
         hidden, lay, _ = self.trunk(tokens, form, keep=True)
         return [lay.rows(hidden[i]) for i in (range(len(hidden)) if depths is None else depths)]
 
-# %% ../nbs/23_model.ipynb #dcc805e3
+# %% ../nbs/23_model.ipynb #aae42d0c
 class Predictor(nn.Module):
     "From context features to target features (FN §3.2.1); the keywords are the fields of `PredictorConfig`."
     def __init__(self,

@@ -126,10 +126,11 @@ def resize(
     return x.permute(0,2,3,1)[0]
 
 def to_unit(
-    x:Tensor, # uint8 pixels
-)->Tensor:    # float32 in [-1, 1]
-    "Bytes to the model's range, in float32: bfloat16 has no room for 256 grey levels (FN's code divides after rounding)."
-    return x.float()/127.5 - 1
+    x:Tensor,              # uint8 pixels
+    dtype:str='float32',   # 'bfloat16': FN's code, which rounds before it divides
+)->Tensor:                 # float32 in [-1, 1]
+    "Bytes to the model's range; bfloat16 has no room for 256 grey levels."
+    return x.float()/127.5 - 1 if dtype == 'float32' else (x.bfloat16()/255*2 - 1).float()
 
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225) # of red, green and blue in [0, 1]
 
@@ -175,7 +176,7 @@ def augment(
     if blurred: pillow = pillow.filter(ImageFilter.GaussianBlur(.1 + 1.9*float(u[9])))
     return torch.from_numpy(np.array(pillow))
 
-# %% ../nbs/12_patches.ipynb #0c115ed5
+# %% ../nbs/12_patches.ipynb #a4ce9bcf
 def centre_crop(
     image:Tensor, # [H W 3]
 )->Tensor:        # [s s 3], s the shorter side

@@ -6,8 +6,8 @@
 __all__ = ['PENALTIES', 'T95', 'square', 'image_tokens', 'open_encoder', 'tell_skipped', 'squares', 'extract', 'fit_linear',
            'hits', 'fit_logistic', 'probe_depth', 'linear_probe', 'knn', 'raw_pixels', 'bootstrap', 'labelled',
            'decoded', 'refuse_shared', 'images_seen', 'evaluate', 'kept', 'rank_checkpoints', 'at', 'find_runs',
-           'read_probe', 'read_ranks', 'read_baselines', 'above_baselines', 'figure_source', 'paired_interval',
-           'verdict', 'read_image', 'fit_patches', 'encode']
+           'read_probe', 'read_ranks', 'read_baselines', 'above_baselines', 'figure_source', 'paired',
+           'paired_interval', 'verdict', 'read_image', 'fit_patches', 'encode']
 
 # %% ../nbs/40_probes.ipynb #e46d4abe
 import io
@@ -57,7 +57,7 @@ def image_tokens(
     if pad: x, pos, sample = (torch.cat([t, t.new_full((pad, *t.shape[1:]), fill)]) for t, fill in ((x, 0), (pos, 0), (sample, -1)))
     return Tokens(*(rearrange(t, '(b k) n ... -> b (k n) ...', k=per_row) for t in (x, pos, sample)))
 
-# %% ../nbs/40_probes.ipynb #e9858dfb
+# %% ../nbs/40_probes.ipynb #f152fbf0
 def open_encoder(
     model, # path of a run or checkpoint, JEPA, or Encoder
 ):
@@ -90,6 +90,7 @@ def extract(
     depths=None,       # which depths, 0 is the patch embedding; None is all
     packed:bool=True,  # several images in a row, or each alone: the same features
     pool:str='mean',   # 'mean' over an image's tokens, or 'none'
+    normed:bool=False, # one more at the end: the last block's features behind the output norm; with all depths only
     indices=None,      # which images; None is all
     progress=None,     # text of a progress bar
     tokens:int=16_384, # tokens in a forward pass
@@ -102,7 +103,9 @@ def extract(
     per_row = max(1, 512//n) if packed else 1
     for places, images in squares(source, indices, side, max(per_row, tokens//n), progress):
         row = Tokens(*(t.to(device) for t in image_tokens(images, patch, per_row)))
-        h = torch.stack([rearrange(h, 'b (k n) d -> (b k) n d', n=n)[:len(places)].float() for h in encoder.hidden(row, depths)], 1)
+        hidden = encoder.hidden(row, depths)
+        if normed: hidden.append(encoder.norm(hidden[-1]))
+        h = torch.stack([rearrange(h, 'b (k n) d -> (b k) n d', n=n)[:len(places)].float() for h in hidden], 1)
         if pool == 'mean': h = h.mean(2)
         if out is None: out = torch.full((len(indices), *h.shape[1:]), float('nan'))
         out[places] = h.cpu()
@@ -290,7 +293,7 @@ def images_seen(run)->int|None:
     state = state and state.parent/'state.json'
     return json.loads(state.read_text()).get('images') if state and state.is_file() else None
 
-# %% ../nbs/40_probes.ipynb #5d2dae2c
+# %% ../nbs/40_probes.ipynb #44591839
 def evaluate(
     run,                # a run or checkpoint; a Config: that model before training; 'pixels': no model
     train, test,        # sources with labels
@@ -318,10 +321,13 @@ def evaluate(
     features = []
     for source, n, text in ((train, train_images, 'train'), (test, test_images, 'test')):
         ids, text = labelled(source, n), f'{text} features' if progress else None
-        x = raw_pixels(source, side or 32, ids, text) if kind == 'raw pixels' else extract(model, source, side, packed=packed, indices=ids, progress=text)
+        x = raw_pixels(source, side or 32, ids, text) if kind == 'raw pixels' else extract(model, source, side, packed=packed, normed=True, indices=ids, progress=text)
         features += decoded(x, source.labels[ids], ids)
     train_x, train_y, _, test_x, test_y, test_ids = (t.to(device) for t in features)
-    solver = 'adamw' if released else solver
+    solver, normed = 'adamw' if released else solver, None
+    if kind != 'raw pixels': # what the output norm adds to the last depth, or takes from it (FN §8.3)
+        (train_x, train_z), (test_x, test_z) = ((x[:, :-1], x[:, -1:]) for x in (train_x, test_x))
+        normed = float(linear_probe(train_z, train_y, test_z, test_y, solver, not released, epochs, lr, batch)['acc'][0])
     probe = linear_probe(train_x, train_y, test_x, test_y, solver, not released, epochs, lr, batch, progress=progress)
     neighbours, chosen = knn(train_x, train_y, test_x, test_y), probe['best_depth_val']
     low, high = bootstrap(probe['correct'][chosen])
@@ -330,7 +336,7 @@ def evaluate(
         run=name or kind, features=kind, is_random=kind == 'random init', recipe=None if kind == 'raw pixels' else cfg.run.name,
         norm=None if kind == 'raw pixels' else cfg.encoder.norm_out, seed=seed or 0,
         tier=tier, data=short(test.name), kind='linear', released=released, solver=solver, side=side or 32, epochs=None if solver == 'lbfgs' else epochs, images_seen=images_seen(run) if is_run else 0,
-        depths=list(range(len(probe['acc']))), acc=probe['acc'].tolist(), val_acc=probe['val_acc'].tolist(),
+        depths=list(range(len(probe['acc']))), acc=probe['acc'].tolist(), val_acc=probe['val_acc'].tolist(), acc_normed=normed,
         chosen_depth=chosen, acc_chosen=probe['acc_at_val_choice'], acc_interval=[low, high],
         best_depth_on_test=probe['best_depth_test'], acc_best_on_test=probe['acc_at_test_choice'],
         knn=neighbours.mean(1).tolist(), knn_chosen=float(neighbours[chosen].mean()), classes=int(train_y.max())+1,
@@ -344,7 +350,7 @@ def evaluate(
         write_atomic(out, json.dumps(result, indent=1)+'\n')
     return result
 
-# %% ../nbs/40_probes.ipynb #44591839
+# %% ../nbs/40_probes.ipynb #b6143423
 def kept(run:str|Path)->list[Path]:
     "The checkpoints of a run that are meant to be looked at: those of `run.keep_at`, and the newest."
     found = checkpoints(run)
@@ -394,6 +400,7 @@ def find_runs(
         if not found: raise RunError(f"no run given for {name}, and none in runs/quick; `make reproduce` makes them, or pass run folders")
         return found
     found = [at(p) for p in ([given] if isinstance(given, (str, Path)) else given)]
+    if not found: raise RunError(f"no run given for {name}")
     for p in found:
         if not weights_file(p): raise RunError(f"{short(p)}: no checkpoint there; `jepa_nb train RECIPE --out {short(p)}` makes one")
     return found
@@ -456,22 +463,35 @@ def figure_source(
     shards = not path.is_dir() or any(path.glob(f'{split}-*.tar*'))
     return open_source('shards' if shards else 'folder', str(path), split=split)
 
-# %% ../nbs/40_probes.ipynb #1efb3280
+# %% ../nbs/40_probes.ipynb #1d6aac46
 T95 = {2:4.303, 3:3.182, 4:2.776, 5:2.571, 6:2.447, 7:2.365, 8:2.306, 9:2.262, 10:2.228, 15:2.131, 20:2.086, 30:2.042} # df -> 97.5 % quantile
 
-def paired_interval(differences)->tuple[float,float]|None:
-    "95 % t-interval of the mean over seeds; None below three."
-    d = np.asarray(differences, dtype=float)
+def paired(
+    a:dict, b:dict, # seed -> number
+)->dict:            # seed -> a-b, of the seeds that both have
+    "Differences of two models, seed by seed."
+    return {k:a[k]-b[k] for k in sorted(a.keys() & b.keys())}
+
+def paired_interval(
+    differences, # one per seed: a list, or a dict by seed
+    images=None, # [i] differences per test image, averaged over seeds; None: not known
+)->tuple[float,float]|None:
+    "95 % t-interval of the mean over seeds, widened by the images; None below three seeds."
+    d = np.array(list(differences.values() if isinstance(differences, dict) else differences), dtype=float)
     if len(d) < 3: return None
     half = T95[max(k for k in T95 if k <= len(d)-1)]*d.std(ddof=1)/math.sqrt(len(d))
+    if images is not None:
+        low, high = bootstrap(images)
+        half = math.hypot(half, (high-low)/2)
     return float(d.mean()-half), float(d.mean()+half)
 
 def verdict(
-    differences,      # one per seed; positive is the claimed side
+    differences,      # one per seed, a list or a dict by seed; positive is the claimed side
     ready:bool=True,  # what else the claim needs, e.g. that both runs beat their baselines
+    images=None,      # [i] differences per test image, averaged over seeds
 )->str:
     "'holds', 'fails', 'mixed', or 'not tested at this scale'."
-    span = paired_interval(differences)
+    span = paired_interval(differences, images)
     if span is None or not ready: return 'not tested at this scale'
     return 'holds' if span[0] > 0 else 'fails' if span[1] < 0 else 'mixed'
 
@@ -503,7 +523,7 @@ def fit_patches(
     f = min(1, largest*patch/max(H, W))
     return resize(image, tuple(min(max(round(f*s/patch), 1), largest)*patch for s in (H, W)))
 
-# %% ../nbs/40_probes.ipynb #1d6aac46
+# %% ../nbs/40_probes.ipynb #18e15cf7
 @torch.inference_mode()
 def encode(
     model,               # path of a run or checkpoint, JEPA (its teacher), or Encoder

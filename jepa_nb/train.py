@@ -149,7 +149,7 @@ def write_json(path:Path, d:dict):
     tmp.write_text(json.dumps(d, indent=1)+'\n')
     _sync(tmp); os.replace(tmp, path)
 
-# %% ../nbs/32_train.ipynb #a5e99815
+# %% ../nbs/32_train.ipynb #a4b1b54e
 def _optim_tensors(model, opt):
     "`{parameter name}.{exp_avg, exp_avg_sq, step}` of every parameter that was updated."
     return {f'{n}.{k}':v for n, p in model.named_parameters() if p in opt.state for k, v in opt.state[p].items()}
@@ -459,9 +459,9 @@ def own_scores(jepa:JEPA, source)->dict:
     r = jepa.cfg.run
     return rank_scores(jepa, source, r.rank_images, r.lidar_images, r.lidar_views)
 
-# %% ../nbs/32_train.ipynb #c925083c
-FREE = ('run.steps', 'run.keep', 'run.keep_at', 'run.log_every', 'run.save_every', 'run.rank_every', 'run.rank_images', 'run.lidar_images',
-        'run.lidar_views', 'run.name', 'data.workers')
+# %% ../nbs/32_train.ipynb #9b93d490
+FREE = ('run.steps', 'run.epochs', 'run.epoch_images', 'run.step_images', 'run.keep', 'run.keep_at', 'run.log_every', 'run.save_every',
+        'run.rank_every', 'run.rank_images', 'run.lidar_images', 'run.lidar_views', 'run.name', 'data.workers')
 
 def _flat(d, prefix=''):
     out = {}
@@ -552,7 +552,7 @@ class Guard:
             raise RunError(f"{run}: the loss or its gradient was not finite in update {step+1}, which was not made; "
                            "the newest checkpoint is from before it; a lower optim.lr or longer optim.warmup may help")
 
-# %% ../nbs/32_train.ipynb #867f6dcb
+# %% ../nbs/32_train.ipynb #573f736a
 def train(
     cfg:Config,
     out:str|Path,        # run folder; a run that is there goes on from its newest whole checkpoint
@@ -604,7 +604,7 @@ def train(
         book.finish(cfg.run.steps)
     return run
 
-# %% ../nbs/32_train.ipynb #3ddd739d
+# %% ../nbs/32_train.ipynb #b2728181
 def finished(run:Path, cfg:Config, start=None)->bool:
     "Whether `run` already has all its steps."
     if not (run/'done.json').is_file(): return False
