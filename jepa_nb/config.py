@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['Count', 'Whole', 'Positive', 'NonNeg', 'Fraction', 'Share', 'Beta', 'Shares', 'Range', 'Norm', 'STRICT', 'RELEASED',
-           'DEPTH_RELEASED', 'DataConfig', 'ScaleConfig', 'AugmentConfig', 'MaskConfig', 'PackConfig', 'EncoderConfig',
-           'PredictorConfig', 'ObjectiveConfig', 'TeacherConfig', 'OptimConfig', 'RunConfig', 'Config', 'DepthConfig',
-           'ConfigError', 'setting_names', 'make_config', 'make_depth', 'read_recipe', 'load_config', 'save_config']
+           'DEPTH_RELEASED', 'ProbeProtocol', 'DataConfig', 'ScaleConfig', 'AugmentConfig', 'MaskConfig', 'PackConfig',
+           'EncoderConfig', 'PredictorConfig', 'ObjectiveConfig', 'TeacherConfig', 'OptimConfig', 'RunConfig', 'Config',
+           'DepthConfig', 'SetConfig', 'ConfigError', 'setting_names', 'make_config', 'make_depth', 'make_set',
+           'read_recipe', 'load_config', 'save_config']
 
 # %% ../nbs/00_config.ipynb #d7e89c4a
 import difflib
 import os
+import re
 from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -302,6 +304,31 @@ RELEASED = dict(
 )
 DEPTH_RELEASED = dict(head='conv', loss='smooth_l1', gradient=.2, standardize=False, lr=5e-4, schedule='constant')
 
+# %% ../nbs/00_config.ipynb #c96f6b03
+ProbeProtocol = Literal['lbfgs', 'adam', 'in1k', 'ood_step', 'ood_cosine']
+
+@dataclass(frozen=True, config=STRICT)
+class SetConfig:
+    "A data set that frozen features are tested on (EC Tab. 3, 8)."
+    data:str|dict|None=None  # both halves: a folder of shards or images, 'scenes', or a mapping for `open_source`; None: what the run's own are
+    train:str|dict|None=None # the half that is fitted to, e.g. a pattern of shards
+    test:str|dict|None=None  # the half that is tested on
+    hold_out:Fraction|None=None # no test half: this share of the training images is tested on instead
+    target:Literal['label', 'count', 'dist']='label' # the class; how many objects; how far the nearest (CLEVR's questions)
+    cuts:str|tuple[float, ...]='clevr' # dist: 'clevr', 'scenes', or the numbers between the classes
+    protocol:ProbeProtocol='lbfgs' # lbfgs: to convergence; adam: FN; in1k, ood_step, ood_cosine: EC
+    epochs:Count|None=None   # None: the protocol's; a schedule shrinks with them
+    layers:Literal['all', 'last', 'last4']|None=None # all: every depth, before the output norm (FN); last: the last, behind it (EC); last4: the last four side by side (IJ). None: the protocol's
+    show:Literal['square', 'squash', 'inner']|None=None # an image's central square; all of it, squashed; the inner 7/8 of that square. None: the protocol's
+    augment:Literal['none', 'flip', 'crop']|None=None # of training images; None: the protocol's
+    crops:Count=4            # crop: random crops of each image
+    side:Count|None=None     # pixels; None: the largest side of training
+    train_images:Count|None=None # at most
+    test_images:Count|None=None
+
+    def __post_init__(self):
+        if self.hold_out is not None and self.test is not None: raise ValueError("test images are named, or held out of the training images (hold_out), not both")
+
 # %% ../nbs/00_config.ipynb #4293441f
 class ConfigError(ValueError):
     "A setting that is unknown or out of range."
@@ -380,6 +407,18 @@ def make_depth(
     if d.get('released'): d = DEPTH_RELEASED | d
     try: return TypeAdapter(DepthConfig).validate_python(d)
     except ValidationError as e: raise ConfigError(_explain(e, where, DepthConfig)) from None
+
+def make_set(
+    name:str,           # of the data set
+    d:dict,             # settings of a SetConfig
+    where:str='',       # what the error names first
+)->SetConfig:
+    "The same for a data set that runs are evaluated on."
+    if not re.fullmatch(r'(?!probe|ranks|depth)[a-z0-9][a-z0-9_-]*', str(name)):
+        raise ConfigError(f"{where}{name}: not a name for a data set; small letters, digits, - and _ would do, but probe, ranks and depth are files of their own")
+    if not isinstance(d, dict): raise ConfigError(f"{where}{name}: should be a mapping of settings, such as target: count, not {d!r}")
+    try: return TypeAdapter(SetConfig).validate_python(d)
+    except ValidationError as e: raise ConfigError(_explain(e, f'{where}{name}.', SetConfig)) from None
 
 def read_recipe(
     path:str|Path,      # YAML

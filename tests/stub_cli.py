@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import yaml
+
 from jepa_nb.cli import join_graph
 
 join_graph()
@@ -25,7 +27,11 @@ elif verb == 'train':
         with open(out/'steps', 'a') as f: f.write(f'{os.getpid()}\n')
         time.sleep(.1)
     (out/'done.json').write_text('{}')
-elif verb in ('eval', 'depth', 'ranks'):
+elif verb == 'eval':
+    Path(given['--out']).parent.mkdir(parents=True, exist_ok=True)
+    for name in yaml.safe_load(Path(given['--sets']).read_text())['ood'] if '--sets' in given else ['probe']:
+        if name != 'runs': Path(given['--out'].replace('{set}', name)).write_text(' '.join(words))
+elif verb in ('depth', 'ranks'):
     out = Path(given['--out'])
     out.parent.mkdir(parents=True, exist_ok=True)
     for s in ('.json', '.npz', '.safetensors') if verb == 'depth' else ('.json',): out.with_suffix(s).write_text(' '.join(words))

@@ -38,6 +38,14 @@ def jepa_nb(*words, cwd=ROOT, **env):
     (['depth', RECIPE, '--train', '{tmp}'], 1, '{tmp}: no images'),
     (['data', 'shards', '{tmp}', '{tmp}/out'], 1, '{tmp}'),
     (['data', 'cifar10', '{tmp}/out', '--from', '{tmp}/archive.tar.gz'], 1, '{tmp}/archive.tar.gz'),
+    (['data', 'food101', '{tmp}/out', '--from', '{tmp}'], 1, 'food-101.tar.gz'),
+    (['data', 'eurosat', '{tmp}/out', '--from', '{tmp}/nothing'], 1, '{tmp}/nothing: no such file or folder'),
+    (['data', 'sun397'], 2, '--from'),
+    (['eval', RECIPE, '--protocol', 'odd_step'], 2, 'ood_step'),
+    (['eval', RECIPE, '--set', 'count'], 1, '--sets FILE'),
+    (['eval', RECIPE, '--sets', 'params/smoke.yaml', '--target', 'count', '--out', '{tmp}/x'], 1, '--target: with --sets'),
+    (['eval', RECIPE, '--sets', 'params/smoke.yaml', '--out', '{tmp}/x'], 1, 'needs {{set}} in it'),
+    (['eval', RECIPE, '--sets', 'params/smoke.yaml', '--set', 'cuont'], 1, 'did you mean count?'),
     (['ship', '{tmp}/nothing', '{tmp}/out'], 1, '{tmp}/nothing'),
     (['figure', 'fn_fig1'], 1, 'fn_fig1: no such figure'),
     (['reproduce', '--tier', 'quik'], 1, 'did you mean quick?'),
@@ -76,13 +84,14 @@ def test_figure_without_checkpoint(tmp_path):
     (lambda t: t['settings'].update({'encoder.dept': 3}), 'did you mean encoder.depth?'),
     (lambda t: t['settings'].update({'run.steps': 0}), 'run.steps'),
     (lambda t: t.update(rnus={}), 'did you mean runs?'),
+    (lambda t: t['ood'].update(count=dict(traget='count')), 'did you mean ood.count.target?'),
     (lambda t: t['runs']['fn_ln'].update(recipe='nowhere.yaml'), 'nowhere.yaml: no such recipe'),
     (lambda t: t['depth']['main'].update(stesp=3), 'did you mean depth.main.steps?'),
     (lambda t: t['figures']['fn_fig5_context_target'].setdefault('params', {}).update(imags=3), 'imags: no such parameter'),
     (lambda t: t['runs']['fn_drawn_resumed'].update(resumes=dict(run='fn_drawn', step=7)), 'run.keep_at=[4, 8]'),
     (lambda t: t['runs']['fn_drawn_resumed'].update(resumes=dict(run='fn_darwn', step=8)), 'did you mean fn_drawn?'),
     (lambda t: t['runs']['fn_drawn_resumed'].update(seeds=[0, 1]), 'has no seed 1'),
-], ids=['setting', 'value', 'entry', 'recipe', 'depth head', 'figure parameter', 'resumed step', 'resumed run', 'resumed seed'])
+], ids=['setting', 'value', 'entry', 'data set', 'recipe', 'depth head', 'figure parameter', 'resumed step', 'resumed run', 'resumed seed'])
 def test_tier_is_checked_before_anything_starts(tmp_path, change, names):
     shutil.copytree(ROOT/'nbs/figures', tmp_path/'nbs/figures')
     shutil.copytree(ROOT/'params', tmp_path/'params')

@@ -123,6 +123,8 @@ def test_depth_heads(tmp_path):
     edited('jepa_nb/depth.py', lambda s: s+'#\n')(folder)
     changed(**tier)(folder)
     assert plan(folder) == dict(depth=6, random_depth=4, figure=1)
+
+
 def test_a_run_that_begins_at_another(tmp_path):
     "It waits for that one, and again when that one changes; a run that is not probed costs no evaluation."
     settings = {'run.keep_at': [5]}
@@ -135,6 +137,22 @@ def test_a_run_that_begins_at_another(tmp_path):
     runs['fn_a']['settings'] = settings | {'optim.lr': .01}
     changed(runs=runs, figures=dict(b=dict(params=dict(images=3))))(folder)
     assert plan(folder) == dict(train=2)
+
+
+def test_other_data_sets(tmp_path):
+    "One job a run evaluates it on all sets; a changed question is asked again, and nothing else."
+    tier = TIER | dict(ood=dict(runs=['fn_tanh'], count=dict(target='count'), odd=dict(data='elsewhere', protocol='ood_step')))
+    folder = clone(tmp_path/'tree', tier)
+    r = make(folder, 'reproduce')
+    assert r.returncode == 0, r.stdout+r.stderr
+    assert plan(folder) == {}
+    runs = folder/'runs/tiny'
+    assert sorted(p.name for p in (runs/'fn_tanh/seed1/eval').iterdir()) == ['count.json', 'odd.json', 'probe.json'] and not (runs/'fn_ln/seed0/eval/odd.json').exists()
+    assert sorted(p.name for p in (runs/'baselines').glob('*-odd.json')) == ['fn_tanh-seed0-odd.json', 'fn_tanh-seed1-odd.json', 'pixels-odd.json']
+    said = (runs/'fn_tanh/seed1/eval/odd.json').read_text()
+    assert '--sets params/tiny.yaml' in said and 'runs/tiny/data/scenes/train-*.tar' in said and '--tier tiny' in said
+    changed(**tier | dict(ood=tier['ood'] | dict(count=dict(target='dist', cuts='scenes'))))(folder)
+    assert plan(folder) == dict(ood=2, random_ood=2, pixels_ood=1)
 
 
 @pytest.mark.parametrize('tier', TIERS)
