@@ -141,7 +141,7 @@ def read_tier(
             if not isinstance(v, TIER_KEYS[k]): raise CliError(f"{k}: should be a {TIER_KEYS[k].__name__}, not {v!r}")
         for name, run in tier['runs'].items():
             if not isinstance(run, dict) or 'recipe' not in run: raise CliError(f"run {name}: needs a recipe, e.g. {{recipe: params/train/fn_tiny_dyntanh.yaml}}")
-            for k in run: known(f'entry of run {name}', k, ('recipe', 'seeds', 'settings', 'probe', 'baseline', 'resumes'))
+            for k in run: known(f'entry of run {name}', k, ('recipe', 'seeds', 'settings', 'probe', 'baseline', 'resumes', 'ship'))
             load_config(run['recipe'], words_of(tier.get('settings', {}) | run.get('settings', {})))
         for name, head in tier.get('depth', {}).items():
             if name == 'runs':
