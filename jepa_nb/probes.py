@@ -6,8 +6,8 @@
 __all__ = ['SHOWN', 'PENALTIES', 'T95', 'square', 'image_tokens', 'squash', 'inner', 'crop_and_flip', 'mirrored', 'views',
            'probe_choices', 'open_encoder', 'tell_skipped', 'squares', 'extract', 'fit_linear', 'hits', 'fit_logistic',
            'probe_depth', 'linear_probe', 'knn', 'raw_pixels', 'bootstrap', 'labelled', 'decoded', 'refuse_shared',
-           'questions', 'images_seen', 'evaluate', 'evaluate_sets', 'kept', 'rank_checkpoints', 'at', 'find_runs',
-           'read_probe', 'read_ranks', 'read_baselines', 'above_baselines', 'figure_source', 'paired',
+           'questions', 'images_seen', 'evaluate', 'evaluate_sets', 'kept', 'step_of', 'rank_checkpoints', 'at',
+           'find_runs', 'read_probe', 'read_ranks', 'read_baselines', 'above_baselines', 'figure_source', 'paired',
            'paired_interval', 'verdict', 'read_image', 'fit_patches', 'encode']
 
 # %% ../nbs/40_probes.ipynb #e46d4abe
@@ -473,11 +473,18 @@ def evaluate_sets(
 
 # %% ../nbs/40_probes.ipynb #b6143423
 def kept(run:str|Path)->list[Path]:
-    "The checkpoints of a run that are meant to be looked at: those of `run.keep_at`, and the newest."
+    "The checkpoints of a run that are meant to be looked at: those of `run.keep_at`, and the newest. A shipped folder has one."
     found = checkpoints(run)
+    if not found and weights_file(run): return [Path(run)]
     if not found: raise RunError(f"{short(run)}: no checkpoint there; `jepa_nb train RECIPE --out {short(run)}` makes one")
     keep_at = open_run(found[-1], parts=('teacher',))[1].run.keep_at
-    return [c for c in found if c == found[-1] or int(c.name[5:]) in keep_at]
+    return [c for c in found if c == found[-1] or step_of(c) in keep_at]
+
+def step_of(checkpoint:Path)->int:
+    "The number of updates behind a checkpoint."
+    state = Path(checkpoint)/'state.json'
+    if not state.is_file(): raise RunError(f"{short(checkpoint)}: has no state.json, which says after how many updates it was written")
+    return json.loads(state.read_text())['step']
 
 def rank_checkpoints(
     run:str|Path,            # a run folder
@@ -494,7 +501,7 @@ def rank_checkpoints(
     rows, folders = [], kept(run)
     cfg = open_run(folders[-1], parts=('teacher',))[1]
     for folder in [None, *folders]:
-        step = int(folder.name[5:]) if folder else 0
+        step = step_of(folder) if folder else 0
         jepa = (open_run(folder, parts=('encoder', 'teacher'))[0] if folder else random_model(cfg)).to(device)
         scores = rank_scores(jepa, train, rank_images, lidar_images, lidar_views, progress=f'step {step}' if progress else None)
         p = evaluate(folder or cfg, train, test, out and Path(out).with_name(f'probe_step_{step:08d}.json'), side, train_images=train_images, test_images=test_images,
