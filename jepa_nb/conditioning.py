@@ -109,9 +109,10 @@ def most_tokens(cfg:Config)->tuple[int,int]: # about targets, about the context
     images = max(1, p.image//side**2)
     most = lambda n, k: max(1, -(-n//k) if up else n//k)
     sizes = {h*w for h, w in target_sizes((side, side), m)}
-    lengths = {s:int(run_length(torch.tensor(s), how)) for s in sizes}
+    length = lambda n: int(run_length(torch.tensor(n, device='cpu'), how)) # a model may be built on the meta device
+    lengths = {s:length(s) for s in sizes}
     targets = max(m.targets*most(s, k) if how.blocks == 'separate' else most(m.targets*s, k) for s, k in lengths.items())
-    if how.context_run == 'own': context = max(most(n, int(run_length(torch.tensor(n), how))) for n in range(1, p.context+1))*images
+    if how.context_run == 'own': context = max(most(n, length(n)) for n in range(1, p.context+1))*images
     else: context = images + p.context//min(lengths.values())
     return images*targets, context
 
