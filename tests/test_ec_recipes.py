@@ -10,7 +10,8 @@ from jepa_nb.conditioning import most_tokens
 from jepa_nb.config import ConditionConfig, load_config
 from jepa_nb.data import open_source
 from jepa_nb.jepa import JEPA
-from jepa_nb.packing import check_slots
+from jepa_nb.packing import Pack, check_slots, row_slots
+from jepa_nb.patches import Tokens
 from jepa_nb.probes import evaluate
 from jepa_nb.train import open_run, read_log, train
 
@@ -69,3 +70,15 @@ def test_a_run_from_before_there_was_conditioning_opens(tmp_path):
 def test_checkpointing_changes_nothing(tmp_path):
     a, b = (open_run(train(recipe('ec_tiny_ec', *REDUCED, f'run.checkpointing={c}'), tmp_path/c, progress=False))[0].state_dict() for c in ('false', 'true'))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize('stem', ['ec_vitl16', 'fn_vits_layernorm'])
+def test_a_step_reads_nothing_back_from_the_device(stem):
+    "The meta device has no values, so whoever asks for one fails; slots for tokens are fixed beforehand."
+    cfg = recipe(stem, 'condition.kind=positions', 'encoder.depth=2', 'predictor.depth=1', 'pack.rows=4', *(['masks.group=4'] if stem[:2] == 'ec' else []), 'encoder.mlp=plain', 'predictor.mlp=plain')
+    (n, c, t), ids = row_slots(cfg), lambda k: torch.zeros(2, k, dtype=torch.long, device='meta')
+    pack = Pack(Tokens(torch.zeros(2, n, 3*cfg.encoder.patch**2, dtype=torch.uint8, device='meta'), torch.zeros(2, n, 2, device='meta'), ids(n)), ids(c), ids(t), ids(t))
+    with torch.device('meta'): jepa = JEPA(cfg)
+    out = jepa(pack, form='dense')
+    out.loss.backward()
+    assert [k.shape[1] for k in (jepa.encoder.conditioner.targets(pack).sample, jepa.teacher.conditioner.context(pack).sample)] == list(most_tokens(cfg))
