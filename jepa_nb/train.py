@@ -223,7 +223,9 @@ def load_weights(jepa:JEPA, file:Path, parts=PARTS):
     except (OSError, SafetensorError) as e: raise RunError(f"{file}: cannot be read: {e}") from None
     for part in set(PARTS)-set(parts): setattr(jepa, part, None)
     tensors = {k:v for k, v in tensors.items() if k.partition('.')[0] not in set(PARTS)-set(parts)}
-    want = jepa.state_dict()
+    want, parts_in = jepa.state_dict(), {k.partition('.')[0] for k in tensors}
+    if lacking := [p for p in PARTS if p in parts and p not in parts_in]:
+        raise RunError(f"{file}: has no {' and no '.join(lacking)}; it holds {', '.join(sorted(parts_in)) or 'nothing that was asked for'}")
     for k in want:
         if k not in tensors: raise RunError(f"{file}: has no tensor {k}, which its config asks for")
     for k, v in tensors.items():
@@ -234,12 +236,12 @@ def load_weights(jepa:JEPA, file:Path, parts=PARTS):
 # %% ../nbs/32_train.ipynb #b9fc34f1
 def _whole(path:Path, step:int|None)->Path:
     "The folder with the model that `path` means: itself, or one of its checkpoints; checksums verified."
-    if (path/'state.json').is_file(): verify(path); return path
-    if (path/'SHA256SUMS').is_file():
+    if (path/'SHA256SUMS').is_file(): # shipped, or converted; its state.json has no checksums of its own
         for line in (path/'SHA256SUMS').read_text().splitlines():
             want, _, name = line.partition('  ')
             if not (path/name).is_file() or sha256(path/name) != want: raise RunError(f"{path}: {name} is missing or damaged")
         return path
+    if (path/'state.json').is_file(): verify(path); return path
     if step is not None:
         folder = path/'checkpoints'/f'step_{step:08d}'
         if not folder.is_dir():
