@@ -231,9 +231,9 @@ def read_pickle(file:Path):
     except pickle.UnpicklingError as e:
         asked = re.search(r'GLOBAL (\S+)', str(e))
         if asked: raise InteropError(f"{file}: refused, nothing in it was run: besides tensors and numbers it asks for {asked.group(1)}") from None
-        raise InteropError(f"{file}: not a file of tensors: {first_line(e)}") from None
+        raise InteropError(f"{file}: not a file that torch.save wrote ({first_line(e)})") from None
     except (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, struct.error, zipfile.BadZipFile) as e:
-        raise InteropError(f"{file}: cannot be read: {first_line(e)}") from None
+        raise InteropError(f"{file}: not a file that torch.save wrote, or not all of it ({first_line(e)})") from None
 
 def first_line(e:Exception)->str: return (str(e).strip().splitlines() or [type(e).__name__])[0].split('. ')[0]
 
