@@ -373,6 +373,10 @@ def read_run(path:Path, to:str)->Found:
     parts = tuple(p for p in PARTS if p in there and (p != 'predictor' or to == 'ijepa')) # hf and timm have no place for one
     jepa, cfg = open_run(path, parts=parts)
     check_counterpart(cfg.encoder, 'encoder', to, str(path))
+    told = cfg.condition.kind != 'none'
+    if more := [k for part in parts for k in getattr(jepa, part).state_dict() if k.startswith('conditioner.')]:
+        raise InteropError(f"{path}: condition.kind={cfg.condition.kind} with condition.mark={cfg.condition.mark} has weights of its own ({more[0]}), which have no counterpart in {to}")
+    notes = ("was trained with conditioning tokens, which others do not make: `jepa_nb eval --condition off` gives their features",) if told else ()
     s, p = sizes_of(cfg.encoder, cfg.encoder.patch, cfg.scale.max_side), None
     plain = {k:to_plain(getattr(jepa, k).state_dict(), encoder_shapes(s)) for k in parts if k != 'predictor'}
     if cfg.encoder.pixels == 'unit': plain = {k:take_imagenet(v) for k, v in plain.items()}
@@ -381,7 +385,7 @@ def read_run(path:Path, to:str)->Found:
         if cfg.predictor.heads != s.heads: raise InteropError(f"{path}: predictor.heads={cfg.predictor.heads} has no counterpart in ijepa, whose predictor has its encoder's {s.heads}")
         p = sizes_of(cfg.predictor, s.patch, s.grid)
         plain['predictor'] = to_plain(jepa.predictor.state_dict(), predictor_shapes(p, s.dim))
-    return Found('run', path, s, p, plain, {file.name:sha256(file)})
+    return Found('run', path, s, p, plain, {file.name:sha256(file)}, notes)
 
 # %% ../nbs/50_interop.ipynb #c462c1c8
 def config_of(found:Found)->Config:

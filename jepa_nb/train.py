@@ -236,12 +236,12 @@ def load_weights(jepa:JEPA, file:Path, parts=PARTS):
 # %% ../nbs/32_train.ipynb #b9fc34f1
 def _whole(path:Path, step:int|None)->Path:
     "The folder with the model that `path` means: itself, or one of its checkpoints; checksums verified."
-    if (path/'SHA256SUMS').is_file(): # shipped, or converted; its state.json has no checksums of its own
+    if (path/'state.json').is_file(): verify(path); return path
+    if (path/'SHA256SUMS').is_file():
         for line in (path/'SHA256SUMS').read_text().splitlines():
             want, _, name = line.partition('  ')
             if not (path/name).is_file() or sha256(path/name) != want: raise RunError(f"{path}: {name} is missing or damaged")
         return path
-    if (path/'state.json').is_file(): verify(path); return path
     if step is not None:
         folder = path/'checkpoints'/f'step_{step:08d}'
         if not folder.is_dir():

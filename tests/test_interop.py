@@ -20,7 +20,7 @@ from jepa_nb.data import open_source
 from jepa_nb.interop import InteropError, convert, read_any, stretched
 from jepa_nb.layers import sincos2d, sincos_codes
 from jepa_nb.patches import positions
-from jepa_nb.probes import encode, evaluate, image_tokens
+from jepa_nb.probes import encode, evaluate, extract, image_tokens
 from jepa_nb.train import open_run, ship, train
 
 PLAIN = dict(position='sincos', qk_norm=False, attn_bias=True, norm_eps=1e-6, gelu='exact', pixels='imagenet')
@@ -64,12 +64,13 @@ def their_model(hf, size, cls='IJepaModel', eps=1e-6):
     return model
 
 
-def our_run(size, out, **encoder):
+def our_run(size, out, condition=None, **encoder):
     "A run of two steps, so that there is a checkpoint, with weights that are all random."
     s, n = size, size['side']//size['patch']
     cfg = make_config(dict(
         data=dict(images=8, side=s['side']), scale=dict(kind='crop', max_side=n), masks=dict(kind='multiblock'), pack=dict(rows=2, pool=1, image=n*n, context=n*n, target=4*(n*n//3), static=False),
         encoder=dict({k:s[k] for k in ('patch', 'dim', 'depth', 'heads')}, **PLAIN | dict(mlp_ratio=s.get('hidden', 4*s['dim'])/s['dim']) | encoder),
+        condition=condition or {},
         predictor=dict(dim=24 if 24%s['heads'] == 0 else 32, depth=1, heads=s['heads'], **{k:v for k, v in PLAIN.items() if k != 'pixels'}),
         run=dict(steps=1, log_every=1, device='cpu', threads=1, name='mine')))
     train(cfg, out, progress=False)
@@ -217,6 +218,20 @@ def test_a_converted_checkpoint_is_evaluated_and_drawn(tmp_path):
     assert drawn.returncode == 0 and (tmp_path/'pca.png').is_file(), drawn.stderr
     lacks = jepa_nb('figure', 'fn_fig2_loss_maps', '-p', 'ln', f'[{tmp_path}/alone]', '-p', 'dyntanh', f'[{tmp_path}/alone]', '--out', tmp_path/'maps')
     assert lacks.returncode == 1 and 'has no encoder and no predictor; it holds teacher' in lacks.stderr and len(lacks.stderr.splitlines()) == 1, lacks.stderr
+
+
+def test_a_conditioned_run_has_the_same_tensors(tmp_path):
+    "EC: out and back again it is told of positions as before, and without them it is what everyone else computes."
+    run, images = our_run(SIZES[3], tmp_path/'run', dict(kind='positions')), open_source('scenes', images=3, side=96)
+    said = []
+    convert(run, tmp_path/'x.pth.tar', say=said.append)
+    assert any('conditioning tokens' in line for line in said)
+    back = convert(tmp_path/'x.pth.tar', tmp_path/'back')
+    told, off = extract(run, images, 96, norm='behind'), extract(run, images, 96, norm='behind', condition='off')
+    assert torch.equal(extract(back, images, 96, norm='behind', condition=(4, 4)), told) and torch.equal(extract(back, images, 96, norm='behind'), off)
+    assert not torch.allclose(told[:, -1], off[:, -1], atol=1e-4)
+    our_run(SIZES[3], tmp_path/'marked', dict(kind='positions', mark='type'))
+    with pytest.raises(InteropError, match='condition.mark=type has weights of its own'): convert(tmp_path/'marked', tmp_path/'no', to='hf')
 
 
 def test_official_file_is_tensors_and_numbers(tmp_path):
