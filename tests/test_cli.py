@@ -47,6 +47,12 @@ def jepa_nb(*words, cwd=ROOT, **env):
     (['eval', RECIPE, '--sets', 'params/smoke.yaml', '--out', '{tmp}/x'], 1, 'needs {{set}} in it'),
     (['eval', RECIPE, '--sets', 'params/smoke.yaml', '--set', 'cuont'], 1, 'did you mean count?'),
     (['ship', '{tmp}/nothing', '{tmp}/out'], 1, '{tmp}/nothing'),
+    (['convert', '{tmp}/nothing.pth.tar', '{tmp}/out'], 1, '{tmp}/nothing.pth.tar: no such file or folder'),
+    (['convert', '{tmp}', '{tmp}/out'], 1, '{tmp}: is neither a run, nor a folder of Hugging Face or timm'),
+    (['convert', RECIPE, '{tmp}/out'], 1, RECIPE+': not a file'),
+    (['convert', RECIPE, '{tmp}'], 1, '{tmp}: is there already'),
+    (['convert', RECIPE, '{tmp}/out', '--to', 'onnx'], 2, "'onnx' is not one of"),
+    (['convert', '{tmp}/nothing.pth.tar'], 2, 'OUT'),
     (['figure', 'fn_fig1'], 1, 'fn_fig1: no such figure'),
     (['reproduce', '--tier', 'quik'], 1, 'did you mean quick?'),
 ], ids=lambda v: ' '.join(map(str, v)) if isinstance(v, list) else '')
@@ -58,7 +64,7 @@ def test_refusal(words, code, names, tmp_path):
     assert not (tmp_path/'run'/'checkpoints').exists()
 
 
-@pytest.mark.parametrize('words', ([], ['train'], ['eval'], ['depth'], ['ranks'], ['figure'], ['data'], ['data', 'scenes'], ['reproduce']), ids=' '.join)
+@pytest.mark.parametrize('words', ([], ['train'], ['eval'], ['depth'], ['ranks'], ['figure'], ['data'], ['data', 'scenes'], ['convert'], ['reproduce']), ids=' '.join)
 def test_help(words):
     r = jepa_nb(*words, '--help')
     assert r.returncode == 0 and 'Usage: jepa_nb' in r.stdout
