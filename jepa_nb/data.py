@@ -6,9 +6,9 @@
 __all__ = ['NOT_FRAMES', 'MAX_PIXELS', 'UNREADABLE', 'PLAIN', 'IMAGES', 'PARTS', 'INDEX_VERSION', 'MAX_RATIO', 'CACHE_BYTES',
            'ENDINGS', 'TEST_FROM', 'EXAMPLE', 'CIFAR10_URL', 'CIFAR10_MD5', 'CIFAR10_CLASSES', 'DataError', 'BadImage',
            'image_size', 'decode', 'sample_members', 'write_shard', 'write_shards', 'tar_members', 'index_tar',
-           'cache_folder', 'plain_tar', 'shard_index', 'Memory', 'Source', 'ShardSource', 'sample_extras',
-           'list_folder', 'index_files', 'FolderSource', 'SceneSource', 'is_remote', 'open_source', 'shard_order',
-           'Raw', 'read_shard', 'Stream', 'open_data', 'make_shards', 'shrink', 'shards_from_folder',
+           'cache_folder', 'plain_tar', 'shard_index', 'Memory', 'Source', 'ShardSource', 'sample_facts',
+           'sample_extras', 'list_folder', 'index_files', 'FolderSource', 'SceneSource', 'is_remote', 'open_source',
+           'shard_order', 'Raw', 'read_shard', 'Stream', 'open_data', 'make_shards', 'shrink', 'shards_from_folder',
            'shards_from_scenes', 'file_md5', 'download', 'cifar10_images', 'shards_from_cifar10']
 
 # %% ../nbs/11_data.ipynb #8e539d7b
@@ -401,7 +401,7 @@ class Memory:
         self.data[self.starts[i]:self.starts[i+1]] = x.reshape(-1)
         self.done[i] = 1 # last: another process may be looking
 
-# %% ../nbs/11_data.ipynb #f7443dac
+# %% ../nbs/11_data.ipynb #504119b9
 class Source:
     "Images by number; sizes, labels and keys are known, pixels are read when asked for."
     def __init__(self,
@@ -427,6 +427,8 @@ class Source:
     def size(self, i:int)->tuple[int,int]: return tuple(self.sizes[i].tolist()) # H, W
     def pixels(self, i:int)->np.ndarray: raise NotImplementedError # [H W 3]
     def extras(self, i:int)->dict: return {} # depth, objects, count, distance
+    def has(self, part:str)->np.ndarray: return np.zeros(len(self), bool) # [i] which images come with 'depth', 'objects'
+    def facts(self, i:int)->dict: return {} # count and distance alone, where known; nothing is decoded for them
 
     def image(self, i:int)->Tensor: # [H W 3] uint8, contiguous; may be shared memory: do not write to it
         "Decode one image; BadImage if that cannot be done."
@@ -459,7 +461,7 @@ def _warn(name, skipped):
         warnings.warn(f"{name}: {len(skipped)} skipped, {eg}" if len(skipped) == 1 else
                       f"{name}: {len(skipped)} skipped, e.g. {eg}", stacklevel=4)
 
-# %% ../nbs/11_data.ipynb #34dd180b
+# %% ../nbs/11_data.ipynb #3e6f0b37
 class ShardSource(Source):
     "Samples of local shards, read by offset."
     def __init__(self, paths:list[Path], name:str, cache:str|bool='auto'):
@@ -490,7 +492,10 @@ class ShardSource(Source):
         return os.pread(f.fileno(), n, at)
 
     def pixels(self, i): return decode(self.read(i), self.where(i), self.size(i))
+    def has(self, part): return self.at[:, PARTS.index(part), 0] >= 0
     def extras(self, i): return sample_extras(*(self.read(i, p) for p in PARTS[1:]), self.where(i), self.size(i))
+    def facts(self, i): return sample_facts(self.read(i, 'json'), self.where(i))
+
 
 # %% ../nbs/11_data.ipynb #42f13612
 def _map(data, where, size, kind):
@@ -504,16 +509,21 @@ def _map(data, where, size, kind):
     except UNREADABLE as e: raise BadImage(f"{where}.{kind}: {_line(e)}") from None
     return x
 
+def sample_facts(text, where)->dict:
+    "Number of objects and distance to the nearest, from a sample's json; None where there is no file."
+    d = _facts(text, where) if text else {}
+    near = d.get('distance', d.get('closest_object_distance')) # the latter: CLEVR
+    return {k: v for k, v in dict(count=d.get('count'), distance=near).items() if v is not None}
+
 def sample_extras(depth, objects, text, where, size)->dict: # depth [H W] metres, objects [H W], count, distance
     "The other fields of a Sample, from their files' bytes; None where there is no file."
-    out, d = {}, _facts(text, where) if text else {}
-    near = d.get('distance', d.get('closest_object_distance')) # the latter: CLEVR
+    out = {}
     if depth:
         z = _map(depth, where, size, 'depth')
         z = z.astype(np.float32) / (1000 if z.dtype.kind in 'iu' else 1) # whole numbers are mm, 0 is unknown
         out['depth'] = torch.from_numpy(np.where(z > 0, z, np.float32('nan')))
     if objects: out['objects'] = torch.from_numpy(_map(objects, where, size, 'objects').astype(np.uint8))
-    return out | {k: v for k, v in dict(count=d.get('count'), distance=near).items() if v is not None}
+    return out | sample_facts(text, where)
 
 # %% ../nbs/11_data.ipynb #939cf884
 ENDINGS = tuple('.'+k for k in IMAGES)
@@ -580,7 +590,7 @@ class FolderSource(Source):
         except OSError as e: raise BadImage(f"{self.where(i)}: {e.strerror}") from None
         return decode(data, self.where(i), self.size(i))
 
-# %% ../nbs/11_data.ipynb #67d28406
+# %% ../nbs/11_data.ipynb #d3ca2f46
 TEST_FROM = 10**9 # number of the first scene of any split but train
 
 class SceneSource(Source):
@@ -600,6 +610,7 @@ class SceneSource(Source):
         keys = [f'scene_{style}_{seed}_{i:06d}' for i in ids]
         super().__init__(f'{split} scenes', sizes, np.full(images, -1), keys, cache, classes=classes)
         self._labels, self.rendered = _shared(images, np.int64), _shared(images, np.uint8)
+        self._facts = _shared(2*images, np.float64).reshape(images, 2) # count, distance
 
     @property
     def labels(self):
@@ -609,8 +620,13 @@ class SceneSource(Source):
 
     def sample(self, i):
         s = scene_sample(index=self.start+int(i), **self.world)
-        self._labels[i], self.rendered[i] = s['label'], 1
+        self._labels[i], self._facts[i], self.rendered[i] = s['label'], (s['count'], s['distance']), 1
         return s
+
+    def has(self, part): return np.ones(len(self), bool)
+    def facts(self, i):
+        if not self.rendered[i]: self.image(i)
+        return dict(count=int(self._facts[i, 0]), distance=float(self._facts[i, 1]))
 
     def pixels(self, i): return np.ascontiguousarray(self.sample(i)['image'].permute(1, 2, 0).numpy())
 
@@ -950,7 +966,7 @@ def cifar10_images(
     except (tarfile.TarError, EOFError, zlib.error, OSError) as e:
         raise DataError(f"{archive}: {_line(e)}") from None
 
-# %% ../nbs/11_data.ipynb #504119b9
+# %% ../nbs/11_data.ipynb #6e432492
 def shards_from_cifar10(
     out:str|Path,               # folder of the shards
     archive:str|Path|None=None, # a copy of cifar-10-binary.tar.gz; None downloads it

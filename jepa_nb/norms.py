@@ -70,13 +70,14 @@ class RunningNorm(nn.Module):
 def norm(
     name:str, # one of config.Norm
     dim:int,  # channels
+    eps:float=1e-5, # of LayerNorm and RMSNorm; FN: 1e-5, IJ: 1e-6
 )->nn.Module: # [... d] -> [... d]
-    "The norm of that name. LayerNorm and RMSNorm have eps 1e-5."
-    if name == 'layernorm':       return nn.LayerNorm(dim)
-    if name == 'layernorm_plain': return nn.LayerNorm(dim, elementwise_affine=False)
+    "The norm of that name."
+    if name == 'layernorm':       return nn.LayerNorm(dim, eps)
+    if name == 'layernorm_plain': return nn.LayerNorm(dim, eps, elementwise_affine=False)
     if name == 'dyntanh':         return DynTanh(dim)
     if name == 'dyntanh_affine':  return DynTanh(dim, affine=True)
-    if name == 'rmsnorm':         return nn.RMSNorm(dim, eps=1e-5)
+    if name == 'rmsnorm':         return nn.RMSNorm(dim, eps=eps)
     if name == 'l2':              return L2Norm()
     if name == 'batchnorm':       return RunningNorm(dim)
     if name == 'none':            return nn.Identity()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'STYLE', 'root', 'short', 'set_style', 'to_picture', 'show_images', 'cross_out', 'show_tokens', 'show_map',
-           'write_atomic', 'table_rows', 'table_csv', 'git_commit', 'file_hash', 'weights_file', 'versions',
+           'outline', 'write_atomic', 'table_rows', 'table_csv', 'git_commit', 'file_hash', 'weights_file', 'versions',
            'save_figure']
 
 # %% ../nbs/01_show.ipynb #a4291715
@@ -142,6 +142,20 @@ def show_map(
     for s in ax.spines.values(): s.set_visible(False)
     return im
 
+# %% ../nbs/01_show.ipynb #cb3d52f4
+def outline(
+    ax,
+    is_inside, # [y x] bool
+    **style,   # of the lines
+):
+    "The border of a set of patches, on a map whose corner is at (-.5, -.5)."
+    style, m = {'color':'black', 'lw':1, 'solid_capstyle':'projecting'} | style, np.pad(np.asarray(is_inside, dtype=bool), 1)
+    y, x = np.nonzero(m[1:] != m[:-1])       # between a patch and the one below
+    v, u = np.nonzero(m[:, 1:] != m[:, :-1]) # and the one at its right
+    a, b = np.stack([x-1.5, x-.5, 0.*x+np.nan], 1), np.stack([u-.5, u-.5, 0.*u+np.nan], 1)
+    c, d = np.stack([y-.5, y-.5, 0.*y], 1), np.stack([v-1.5, v-.5, 0.*v], 1)
+    return ax.plot(np.concatenate([a, b]).ravel(), np.concatenate([c, d]).ravel(), **style)
+
 # %% ../nbs/01_show.ipynb #278604fa
 def write_atomic(path, data):
     "Write bytes, or text, beside `path` and rename: the file is there whole or not at all."
@@ -215,7 +229,7 @@ def versions()->dict[str,str]:
         except importlib.metadata.PackageNotFoundError: out[name] = None
     return out
 
-# %% ../nbs/01_show.ipynb #cb3d52f4
+# %% ../nbs/01_show.ipynb #02b3cf88
 def _plain(v):
     "Anything as JSON can hold it; paths as they read from the repository."
     if isinstance(v, dict): return {str(k):_plain(x) for k, x in v.items()}

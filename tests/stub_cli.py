@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import yaml
+
 from jepa_nb.cli import join_graph
 
 join_graph()
@@ -18,6 +20,7 @@ if verb == 'data':
     for k in range(-(-images//1000)): (out/f'{split}-{k:06d}.tar').write_text(' '.join(words))
 elif verb == 'train':
     out, steps = Path(given['--out']), int(os.environ.get('STUB_STEPS', 1))
+    if '--from' in given and not Path(given['--from']).parents[1].joinpath('done.json').exists(): sys.exit(f"{given['--from']}: not there yet")
     out.mkdir(parents=True, exist_ok=True)
     done = len((out/'steps').read_text().split()) if (out/'steps').exists() else 0
     for _ in range(done, steps):
@@ -26,7 +29,12 @@ elif verb == 'train':
     (out/'done.json').write_text('{}')
 elif verb == 'eval':
     Path(given['--out']).parent.mkdir(parents=True, exist_ok=True)
-    Path(given['--out']).write_text(' '.join(words))
+    for name in yaml.safe_load(Path(given['--sets']).read_text())['ood'] if '--sets' in given else ['probe']:
+        if name != 'runs': Path(given['--out'].replace('{set}', name)).write_text(' '.join(words))
+elif verb in ('depth', 'ranks'):
+    out = Path(given['--out'])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for s in ('.json', '.npz', '.safetensors') if verb == 'depth' else ('.json',): out.with_suffix(s).write_text(' '.join(words))
 elif verb == 'figure':
     for s in ('.png', '.csv', '.json'): Path(given['--out']+s).write_text(json.dumps(words))
 else: sys.exit(f'{verb}: the stub does not know it')

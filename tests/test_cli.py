@@ -16,7 +16,7 @@ def jepa_nb(*words, cwd=ROOT, **env):
 
 
 @pytest.mark.parametrize('words, code, names', [
-    (['trian', RECIPE], 2, "No such command 'trian'. Did you mean 'train'?"),
+    (['trian', RECIPE], 2, "'train'"),
     (['train'], 2, "RECIPE"),
     (['train', RECIPE, '--uot', 'x'], 2, '--out'),
     (['train', 'nowhere.yaml'], 1, 'nowhere.yaml: no such recipe'),
@@ -26,11 +26,33 @@ def jepa_nb(*words, cwd=ROOT, **env):
     (['train', RECIPE, 'run.steps'], 1, 'name=value'),
     (['train', RECIPE, 'data.kind=shards', 'data.path=nowhere/train-*.tar', '--out', '{tmp}/run'], 1, 'nowhere/train-*.tar'),
     (['train', RECIPE, 'data.kind=folder', 'data.path={tmp}', '--out', '{tmp}/run'], 1, '{tmp}'),
+    (['train', RECIPE, '--from', '{tmp}/nothing', '--out', '{tmp}/run'], 1, '{tmp}/nothing'),
+    (['train', RECIPE, 'run.rank_every=30'], 1, 'rank_every 30 is not a multiple of log_every 20'),
     (['eval', '{tmp}/nothing'], 1, '{tmp}/nothing: no checkpoint'),
+    (['ranks', '{tmp}/nothing'], 1, '{tmp}/nothing: no checkpoint'),
     (['eval', '{tmp}', 'run.steps=3'], 1, 'run.steps=3'),
+    (['depth', '{tmp}/nothing'], 1, '{tmp}/nothing: no checkpoint'),
+    (['depth', '{tmp}/nothing', 'depth.stesp=3'], 1, 'did you mean depth.steps?'),
+    (['depth', '{tmp}/nothing', 'depth.head=dtp'], 1, "depth.head: should be 'dpt' or 'conv', not 'dtp'"),
+    (['depth', '{tmp}/nothing', 'steps=3'], 1, 'those of its depth head begin with depth.'),
+    (['depth', RECIPE, '--train', '{tmp}'], 1, '{tmp}: no images'),
     (['data', 'shards', '{tmp}', '{tmp}/out'], 1, '{tmp}'),
     (['data', 'cifar10', '{tmp}/out', '--from', '{tmp}/archive.tar.gz'], 1, '{tmp}/archive.tar.gz'),
+    (['data', 'food101', '{tmp}/out', '--from', '{tmp}'], 1, 'food-101.tar.gz'),
+    (['data', 'eurosat', '{tmp}/out', '--from', '{tmp}/nothing'], 1, '{tmp}/nothing: no such file or folder'),
+    (['data', 'sun397'], 2, '--from'),
+    (['eval', RECIPE, '--protocol', 'odd_step'], 2, 'ood_step'),
+    (['eval', RECIPE, '--set', 'count'], 1, '--sets FILE'),
+    (['eval', RECIPE, '--sets', 'params/smoke.yaml', '--target', 'count', '--out', '{tmp}/x'], 1, '--target: with --sets'),
+    (['eval', RECIPE, '--sets', 'params/smoke.yaml', '--out', '{tmp}/x'], 1, 'needs {{set}} in it'),
+    (['eval', RECIPE, '--sets', 'params/smoke.yaml', '--set', 'cuont'], 1, 'did you mean count?'),
     (['ship', '{tmp}/nothing', '{tmp}/out'], 1, '{tmp}/nothing'),
+    (['convert', '{tmp}/nothing.pth.tar', '{tmp}/out'], 1, '{tmp}/nothing.pth.tar: no such file or folder'),
+    (['convert', '{tmp}', '{tmp}/out'], 1, '{tmp}: is neither a run, nor a folder of Hugging Face or timm'),
+    (['convert', RECIPE, '{tmp}/out'], 1, RECIPE+': not a file'),
+    (['convert', RECIPE, '{tmp}'], 1, '{tmp}: is there already'),
+    (['convert', RECIPE, '{tmp}/out', '--to', 'onnx'], 2, "'onnx' is not one of"),
+    (['convert', '{tmp}/nothing.pth.tar'], 2, 'OUT'),
     (['figure', 'fn_fig1'], 1, 'fn_fig1: no such figure'),
     (['reproduce', '--tier', 'quik'], 1, 'did you mean quick?'),
 ], ids=lambda v: ' '.join(map(str, v)) if isinstance(v, list) else '')
@@ -42,7 +64,7 @@ def test_refusal(words, code, names, tmp_path):
     assert not (tmp_path/'run'/'checkpoints').exists()
 
 
-@pytest.mark.parametrize('words', ([], ['train'], ['eval'], ['figure'], ['data'], ['data', 'scenes'], ['reproduce']), ids=' '.join)
+@pytest.mark.parametrize('words', ([], ['train'], ['eval'], ['depth'], ['ranks'], ['figure'], ['data'], ['data', 'scenes'], ['convert'], ['reproduce']), ids=' '.join)
 def test_help(words):
     r = jepa_nb(*words, '--help')
     assert r.returncode == 0 and 'Usage: jepa_nb' in r.stdout
@@ -68,9 +90,14 @@ def test_figure_without_checkpoint(tmp_path):
     (lambda t: t['settings'].update({'encoder.dept': 3}), 'did you mean encoder.depth?'),
     (lambda t: t['settings'].update({'run.steps': 0}), 'run.steps'),
     (lambda t: t.update(rnus={}), 'did you mean runs?'),
+    (lambda t: t['ood'].update(count=dict(traget='count')), 'did you mean ood.count.target?'),
     (lambda t: t['runs']['fn_ln'].update(recipe='nowhere.yaml'), 'nowhere.yaml: no such recipe'),
+    (lambda t: t['depth']['main'].update(stesp=3), 'did you mean depth.main.steps?'),
     (lambda t: t['figures']['fn_fig5_context_target'].setdefault('params', {}).update(imags=3), 'imags: no such parameter'),
-], ids=['setting', 'value', 'entry', 'recipe', 'figure parameter'])
+    (lambda t: t['runs']['fn_drawn_resumed'].update(resumes=dict(run='fn_drawn', step=7)), 'run.keep_at=[4, 8]'),
+    (lambda t: t['runs']['fn_drawn_resumed'].update(resumes=dict(run='fn_darwn', step=8)), 'did you mean fn_drawn?'),
+    (lambda t: t['runs']['fn_drawn_resumed'].update(seeds=[0, 1]), 'has no seed 1'),
+], ids=['setting', 'value', 'entry', 'data set', 'recipe', 'depth head', 'figure parameter', 'resumed step', 'resumed run', 'resumed seed'])
 def test_tier_is_checked_before_anything_starts(tmp_path, change, names):
     shutil.copytree(ROOT/'nbs/figures', tmp_path/'nbs/figures')
     shutil.copytree(ROOT/'params', tmp_path/'params')

@@ -32,8 +32,9 @@ def together(cfg, run, world=2):
     errors = [p.communicate(timeout=600)[1] for p in ps]
     assert [p.returncode for p in ps] == [0]*world, errors
 
-def test_two_are_one(tmp_path):
-    cfg = make_config(TINY, ['run.accumulate=2'])
+@pytest.mark.parametrize('words', [(), ('masks.kind=multiblock', 'pack.image=96', 'pack.context=72', 'pack.target=64')], ids=['windows', 'blocks'])
+def test_two_are_one(tmp_path, words):
+    cfg = make_config(TINY, ['run.accumulate=2', *words])
     train(cfg, tmp_path/'one', progress=False)
     together(cfg, tmp_path/'two')
     start, one = (open_run(tmp_path/'one', step=s)[0].state_dict() for s in (2, 4))

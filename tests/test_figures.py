@@ -27,7 +27,7 @@ def reads_as_number(text):
     except ValueError: return False
     return True
 
-def test_there_are_figures(): assert {p.stem for p in NOTEBOOKS} >= {'fn_fig1_loss_distribution', 'fn_fig3_mean_loss_map', 'fn_fig5_context_target', 'fn_fig10_probe_by_depth', 'fn_table1'}
+def test_there_are_figures(): assert {p.stem for p in NOTEBOOKS} >= {'fn_fig1_loss_distribution', 'fn_fig3_mean_loss_map', 'fn_fig5_context_target', 'fn_fig10_probe_by_depth', 'fn_fig11_depth_maps', 'fn_table1'}
 
 def test_nbdev_leaves_them_alone():
     assert (ROOT/'nbs'/'figures'/'.notest').is_file(), "nbdev_test would run the figures"

@@ -101,6 +101,60 @@ def test_only_what_depends_on_it_runs_again(finished, tmp_path, change):
     assert plan(folder) == want
 
 
+def test_depth_heads(tmp_path):
+    "A head per run and set, one random baseline for runs that differ in their norm alone; only what a setting touches is trained again."
+    fig = dict(fn_fig11_depth_maps=dict(runs=dict(ln='fn_ln', dyntanh='fn_tanh')))
+    tier = TIER | dict(depth=dict(main=dict(steps=3), other=dict(width=4, test='elsewhere/test-*.tar')), figures=TIER['figures'] | fig)
+    folder = clone(tmp_path/'tree', tier)
+    (folder/'nbs/figures/fn_fig11_depth_maps.ipynb').write_text(NOTEBOOK)
+    r = make(folder, 'reproduce')
+    assert r.returncode == 0, r.stdout+r.stderr
+    assert plan(folder) == {}
+    runs = folder/'runs/tiny'
+    assert sorted(p.name for p in (runs/'baselines').glob('*depth*.json')) == [f'{r}-depth{s}.json' for r in ('fn_ln-seed0', 'fn_tanh-seed1') for s in ('-other', '')]
+    said = (runs/'fn_tanh/seed1/eval/depth-other.json').read_text()
+    assert 'depth.width=4' in said and '--test elsewhere/test-*.tar' in said and '--tier tiny' in said and 'steps' not in said
+    said = (runs/'baselines/fn_ln-seed0-depth.json').read_text()
+    assert 'fn_tiny_layernorm.yaml' in said and 'depth.steps=3' in said and 'runs/tiny/data/scenes/train-*.tar' in said
+    changed(**tier | dict(depth=tier['depth'] | dict(main=dict(steps=4))))(folder)
+    assert plan(folder) == dict(depth=3, random_depth=2, figure=1)
+    changed(**tier | dict(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(settings={'encoder.depth': 2}))))(folder) # another trunk: two baselines more
+    assert plan(folder)['random_depth'] == 4 and plan(folder)['depth'] == 2
+    edited('jepa_nb/depth.py', lambda s: s+'#\n')(folder)
+    changed(**tier)(folder)
+    assert plan(folder) == dict(depth=6, random_depth=4, figure=1)
+
+
+def test_a_run_that_begins_at_another(tmp_path):
+    "It waits for that one, and again when that one changes; a run that is not probed costs no evaluation."
+    settings = {'run.keep_at': [5]}
+    runs = dict(fn_a=RUN['fn_ln'] | dict(settings=settings, probe=False), fn_b=RUN['fn_ln'] | dict(settings=settings, probe=False, resumes=dict(run='fn_a', step=5)))
+    folder = clone(tmp_path/'tree', TIER | dict(runs=runs, figures=dict(b=dict(params=dict(images=3)))))
+    assert plan(folder) == dict(scenes_train=1, scenes_test=1, train=2, raw_pixels=1, figure=1)
+    r = make(folder, 'reproduce')
+    assert r.returncode == 0, r.stdout+r.stderr
+    assert plan(folder) == {}
+    runs['fn_a']['settings'] = settings | {'optim.lr': .01}
+    changed(runs=runs, figures=dict(b=dict(params=dict(images=3))))(folder)
+    assert plan(folder) == dict(train=2)
+
+
+def test_other_data_sets(tmp_path):
+    "One job a run evaluates it on all sets; a changed question is asked again, and nothing else."
+    tier = TIER | dict(ood=dict(runs=['fn_tanh'], count=dict(target='count'), odd=dict(data='elsewhere', protocol='ood_step')))
+    folder = clone(tmp_path/'tree', tier)
+    r = make(folder, 'reproduce')
+    assert r.returncode == 0, r.stdout+r.stderr
+    assert plan(folder) == {}
+    runs = folder/'runs/tiny'
+    assert sorted(p.name for p in (runs/'fn_tanh/seed1/eval').iterdir()) == ['count.json', 'odd.json', 'probe.json'] and not (runs/'fn_ln/seed0/eval/odd.json').exists()
+    assert sorted(p.name for p in (runs/'baselines').glob('*-odd.json')) == ['fn_tanh-seed0-odd.json', 'fn_tanh-seed1-odd.json', 'pixels-odd.json']
+    said = (runs/'fn_tanh/seed1/eval/odd.json').read_text()
+    assert '--sets params/tiny.yaml' in said and 'runs/tiny/data/scenes/train-*.tar' in said and '--tier tiny' in said
+    changed(**tier | dict(ood=tier['ood'] | dict(count=dict(target='dist', cuts='scenes'))))(folder)
+    assert plan(folder) == dict(ood=2, random_ood=2, pixels_ood=1)
+
+
 @pytest.mark.parametrize('tier', TIERS)
 def test_tier_has_a_plan(tier):
     r = subprocess.run([sys.executable, '-m', 'jepa_nb.cli', 'reproduce', '--tier', tier, '--dry'], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)

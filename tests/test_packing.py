@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jepa_nb.config import make_config
+from jepa_nb.config import ConfigError, make_config
 from jepa_nb.data import BadImage, DataError, Stream, write_shards
 from jepa_nb.packing import Planner, check_slots, eval_pack, loader, pack_images, pack_iterator
 from jepa_nb.patches import patchify, resize, unpatchify
@@ -219,3 +219,61 @@ def test_ctrl_c_leaves_no_worker(tmp_path):
     finally:
         try: os.killpg(run.pid, signal.SIGKILL)
         except ProcessLookupError: pass
+
+
+def blocks(*words): # whole images in rows, four target blocks each
+    return make_config(dict(encoder=dict(patch=4), masks=dict(kind='multiblock'), pack=dict(rows=4, image=512, context=288, target=416)), words)
+
+
+def crops(*words): # I-JEPA's rows: one square crop each, contexts of four cut to one length; every augmentation
+    return make_config(dict(encoder=dict(patch=4), scale=dict(kind='crop', max_side=8), masks=dict(kind='multiblock', group=4), augment=dict(flip=True, colour=.5, blur=True),
+                            pack=dict(rows=8, image=64, context=57, target=64, pool=1, static=False)), words)
+
+
+def test_ten_thousand_images_in_blocks():
+    cfg = make_config(dict(masks=dict(kind='multiblock'), pack=dict(image=1024, context=512, target=800)))
+    plans = list(Planner(photo_sizes(1000), cfg, seed=1, draws=5000))
+    rows = [row for plan in plans for row in plan.rows]
+    assert sorted(i.draw for row in rows for i in row) == list(range(5000))
+    used = np.array([[sum(n) for n in zip(*((i.size[0]*i.size[1]//256, i.context, i.target) for i in row))] for row in rows])
+    assert (used <= (1024, 512, 800)).all()
+    assert used[:-16, 0].mean()/1024 > .985, used[:-16].mean(0)
+
+
+@pytest.mark.parametrize('config', [blocks, crops])
+def test_blocks_follow_the_plan_whoever_decodes(config):
+    pictures, cfg = Pictures(broken=(3, 11)), config()
+    whole = list(islice(loader(pictures, cfg), 6))
+    for a, b in zip(whole, loader(pictures, cfg, workers=2)): assert_same(a, b)
+    for a, b in zip(whole[3:], loader(pictures, cfg, state=json.loads(json.dumps(whole[2].state)))): assert_same(a, b)
+    halves = [list(islice(loader(pictures, cfg, rank=r, world=2), 3)) for r in (0, 1)]
+    for batch, *parts in zip(whole, *halves):
+        assert sorted(torch.cat([p.index for p in parts]).tolist()) == sorted(batch.index.tolist())
+        for r, part in enumerate(parts): assert torch.equal(part.pack.image.x, batch.pack.image.x[r::2])
+    assert any(b.skipped for b in whole)
+    other = next(loader(pictures, config('run.seed=1')))
+    assert other.index.tolist() != whole[0].index.tolist()
+
+
+def test_blocks_arrive_too():
+    cfg, pictures = crops(), Pictures(40)
+    batches = list(pack_iterator(pictures.pixels, cfg, seed=2))
+    assert sorted(torch.cat([b.index for b in batches]).tolist()) == list(range(40))
+    for a, b in zip(batches[1:], pack_iterator(pictures.pixels, cfg, seed=2, state=batches[0].state), strict=True): assert_same(a, b)
+    for b in batches: assert len({int(n) for n in (b.pack.context >= 0).sum(1)[:4]}) == 1 # a group, one length
+
+
+def test_reference_blocks_by_the_number_of_the_group():
+    from jepa_nb.masks import reference_splits
+    cfg = crops('masks.mode=reference', 'masks.min_keep=6', 'pack.context=64')
+    items = [i for plan in Planner(photo_sizes(50), cfg, seed=3, draws=32) for row in plan.rows for i in row]
+    for k in range(8):
+        sizes = {len(reference_splits(1, (8, 8), cfg.masks, k, torch.Generator())[0].targets[0])}
+        assert {i.target//4 for i in items[4*k:4*k+4]} == sizes and len({i.context for i in items[4*k:4*k+4]}) == 1
+
+
+def test_an_image_too_long_for_its_row_is_named():
+    cfg = make_config(dict(encoder=dict(patch=4), masks=dict(kind='multiblock'), pack=dict(image=256, context=230, target=208)))
+    object.__setattr__(cfg.pack, 'image', 8) # past the check at the door
+    from jepa_nb.packing import Pool, shown_at
+    with pytest.raises(ConfigError, match='does not fit a row of pack.image=8'): Pool([shown_at(0, 0, (64, 64), cfg, .5, .5)], cfg).row()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from jepa_nb.config import ConfigError, make_config, save_config
+from jepa_nb.data import DataError
 from jepa_nb.train import RunError, checkpoints, only_writer, open_run, read_log, sha256, train
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +52,11 @@ def whole(tmp_path_factory):
     "The undisturbed run of four steps."
     return train(tiny(), tmp_path_factory.mktemp('whole')/'run', progress=False)
 
-@pytest.mark.parametrize('words', [(), ('run.accumulate=2',), ('encoder.mlp=diffmoe', 'encoder.experts=4', 'data.replace=false')], ids=['plain', 'accumulate', 'experts'])
+BLOCKS = ('masks.kind=multiblock', 'pack.image=128', 'pack.context=80', 'pack.target=96')
+CROPS = ('scale.kind=crop', 'masks.kind=multiblock', 'masks.group=4', 'pack.pool=1', 'pack.rows=4', 'pack.image=64', 'pack.context=56', 'pack.target=48', 'pack.static=false', 'augment.flip=true')
+
+@pytest.mark.parametrize('words', [(), ('run.accumulate=2',), ('encoder.mlp=diffmoe', 'encoder.experts=4', 'data.replace=false'), BLOCKS, CROPS],
+                         ids=['plain', 'accumulate', 'experts', 'blocks', 'crops'])
 def test_two_and_two_is_four(tmp_path, words):
     # logged every 3: sums between two lines must survive the stop, too
     train(tiny('run.log_every=3', *words), tmp_path/'a', progress=False)
@@ -95,6 +100,43 @@ def test_finished_run_returns_at_once(whole):
     begun = time.perf_counter(); train(tiny(), whole, progress=False)
     assert time.perf_counter()-begun < 5 and (whole/'done.json').stat().st_mtime_ns == before
 
+def test_kept_checkpoints(tmp_path):
+    cfg = tiny('run.keep=1', 'run.keep_at=[1, 3]')
+    train(tiny('run.keep=1', 'run.keep_at=[1, 3]', 'run.steps=2'), tmp_path/'run', progress=False)
+    train(cfg, tmp_path/'run', progress=False)
+    assert [c.name[5:] for c in checkpoints(tmp_path/'run')] == ['00000001', '00000003', '00000004']
+
+@pytest.mark.parametrize('words', [(), ('encoder.mlp=diffmoe', 'encoder.experts=4', 'objective.teacher_routing=training')], ids=['plain', 'experts'])
+def test_scores_change_nothing(tmp_path, words):
+    scores = ('run.rank_every=2', 'run.rank_images=12', 'run.lidar_images=8', 'run.lidar_views=3')
+    a, b = (results(train(tiny(*words, *more), tmp_path/name, progress=False), 4) for name, more in (('a', ()), ('b', scores)))
+    ranks = b[2].pop('ranks')
+    assert a == b and all(set(r) == {'rankme', 'rankme_released', 'lidar', 'lidar_released'} for r in ranks)
+
+def test_scores_are_refused_at_the_door(tmp_path):
+    with pytest.raises(DataError, match='64 images, of which LiDAR cannot take 1000'): train(tiny('run.rank_every=2'), tmp_path/'run', progress=False)
+    assert not checkpoints(tmp_path/'run')
+
+def test_begun_at_another_runs_checkpoint(whole, tmp_path):
+    "As FN's code resumes: other images, and then a run like any other, which may be stopped and refuses another beginning."
+    start = whole/'checkpoints/step_00000002'
+    for name, stops in (('a', (4,)), ('b', (3, 4))):
+        for n in stops: train(tiny(f'run.steps={n}', 'run.log_every=1'), tmp_path/name, progress=False, start=start)
+    a, b = results(tmp_path/'a', 4), results(tmp_path/'b', 4)
+    assert a == b and a[0] != results(whole, 4)[0] and a[2]['step'] == [3, 4]
+    before, after = (json.loads((f/'state.json').read_text()) for f in (start, tmp_path/'b/checkpoints/step_00000003'))
+    assert after['begun_from'] == sha256(start/'model.safetensors') == json.loads((tmp_path/'b/done.json').read_text())['begun_from']
+    assert before['planner']['next_draw'] < 64 <= min(after['planner']['pool'])  # the first epoch has 64 draws
+    other = whole/'checkpoints/step_00000004'
+    with pytest.raises(RunError, match='did not begin at'): train(tiny('run.steps=5'), tmp_path/'a', progress=False, start=other)
+    with pytest.raises(RunError, match='optim.lr'): train(tiny('optim.lr=0.002'), tmp_path/'c', progress=False, start=other)
+    with pytest.raises(RunError, match='state.json'): train(tiny(), tmp_path/'c', progress=False, start=tmp_path/'none')
+    assert not checkpoints(tmp_path/'c')
+
+def test_log_of_a_run_that_was_begun_before_a_column_existed(tmp_path):
+    (tmp_path/'log.jsonl').write_text('{"step": 2, "loss": 1.0}\n{"step": 4, "loss": 0.5, "ranks": {"lidar": 3.0}}\n')
+    assert read_log(tmp_path) == dict(step=[2, 4], loss=[1., .5], ranks=[None, dict(lidar=3.)])
+
 def damage(path, how):
     b = bytearray(path.read_bytes())
     if how == 'flip': b[len(b)//2] ^= 4; path.write_bytes(b)
@@ -124,6 +166,11 @@ def test_other_settings(whole, tmp_path):
     with pytest.raises(RunError, match=r'optim.lr=0.0005, not 0.002'): train(tiny('optim.lr=0.002'), whole, progress=False)
     with pytest.raises(RunError, match='steps=5|run.steps'): train(tiny('optim.schedule=cosine', 'run.steps=5'),
         train(tiny('optim.schedule=cosine', 'run.steps=1'), tmp_path/'cosine', progress=False), progress=False)
+
+@pytest.mark.parametrize('words', [('optim.schedule=ijepa',), ('optim.weight_decay_end=.4',), ('teacher.ramp=null',)], ids=['rate', 'decay', 'beta'])
+def test_schedules_of_the_whole_run_know_its_length(whole, tmp_path, words):
+    run = train(tiny('run.steps=1', *words), tmp_path/'run', progress=False)
+    with pytest.raises(RunError, match='run.steps=1, not 5'): train(tiny('run.steps=5', *words), run, progress=False)
 
 def test_not_finite(tmp_path):
     cfg = tiny('optim.lr=1e30', 'optim.lr_start=1e30', 'run.steps=50', 'run.save_every=1')

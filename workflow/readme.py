@@ -16,7 +16,7 @@ def table1():
     "The pair and its baselines, one line each."
     with open(FIGURES/'fn_table1.csv') as f: rows = [r for r in csv.DictReader(f) if r['acc']]
     about = json.loads((FIGURES/'fn_table1.json').read_text())
-    base = max(float(r['acc_max']) for r in rows if not r['row'])
+    base = max(float(r['acc_max']) for r in rows if r['ours'] in ('random init', 'raw pixels'))
     out = [f"CIFAR-10 test images (`{about['notes']['data']}`), accuracy in %, mean over seeds [smallest, largest]; "
            "the probe is fitted to convergence, its depth chosen on held-out training images:", '',
            '| features | linear probe | least seed above the better baseline | k-NN | images seen | seeds |', '|---|---|---|---|---|---|']
@@ -28,7 +28,20 @@ def table1():
     return '\n'.join([*out, '', f"DynTanh above LayerNorm: {about['claim']['ours'].split('; ')[0]}; verdict: *{about['claim']['verdict']}*."])
 
 
-BLOCKS = dict(table1=table1)
+def claims():
+    "The ledger: what may be said at this tier, and how much may not."
+    if not (FIGURES/'claims.csv').is_file(): return 'The ledger of tier small is drawn by `make figures TIER=small`.'
+    with open(FIGURES/'claims.csv') as f: rows = list(csv.DictReader(f))
+    judged = [r for r in rows if r['verdict'] in ('holds', 'fails', 'mixed')]
+    count = ', '.join(f"{sum(r['verdict'] == w for r in rows)} {w}" for w in ('holds', 'fails', 'mixed', 'not tested at this scale'))
+    out = [f'Of {len(rows)} claims at tier small: {count}.']
+    if judged: out += ['', '| claim | compared | paper | ours, 95 % interval | verdict |', '|---|---|---|---|---|']
+    number = lambda v: f'{float(v):+.3g}' if v else '–'
+    out += [f"| {r['number']} · {r['claim']} | {r['metric']} | {number(r['paper_value'])} | {number(r['ours'])} [{number(r['low'])}, {number(r['high'])}] | *{r['verdict']}* |" for r in judged]
+    return '\n'.join(out)
+
+
+BLOCKS = dict(table1=table1, claims=claims)
 
 def filled(text):
     "The README with every block `<!-- numbers: NAME -->` ... `<!-- end -->` written anew."
