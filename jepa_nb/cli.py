@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['JOBS', 'TIER_KEYS', 'DEPTH_OPTIONS', 'REFUSALS', 'PUBLIC', 'CliError', 'is_ours', 'known', 'die_with_parent',
            'join_graph', 'figure_parameters', 'in_clone', 'figure_notebook', 'words_of', 'check_resumes', 'read_sets',
-           'read_tier', 'Verbs', 'cli', 'seed_folder', 'train', 'move_aside', 'numbers', 'read_sets_file', 'eval_',
-           'depth_', 'ranks', 'figure', 'run_notebook', 'data', 'shards', 'tell_shards', 'cifar10', 'scenes', 'ship',
-           'public', 'digits', 'only_start', 'wait_for_orphans', 'spent', 'reproduce', 'graph_environment', 'run_child',
-           'main']
+           'read_tier', 'Verbs', 'cli', 'seed_folder', 'train', 'move_aside', 'numbers', 'pooling', 'read_sets_file',
+           'eval_', 'depth_', 'ranks', 'figure', 'run_notebook', 'data', 'shards', 'tell_shards', 'cifar10', 'scenes',
+           'ship', 'public', 'digits', 'only_start', 'wait_for_orphans', 'spent', 'reproduce', 'graph_environment',
+           'run_child', 'main']
 
 # %% ../nbs/51_cli.ipynb #a30213ce
 import ast
@@ -218,6 +218,14 @@ def numbers(text:str):
     try: return tuple(float(v) for v in text.split(','))
     except ValueError: return text
 
+def pooling(text:str|None):
+    "`4,4` as kernel and stride; `off`, or None, as it is."
+    if text in (None, 'off'): return text
+    try: kernel, stride = (int(v) for v in text.split(','))
+    except ValueError: kernel = stride = 0
+    if min(kernel, stride) < 1: raise click.BadParameter(f"{text}: kernel and stride in patches would do, e.g. 4,4; or off", param_hint='--condition')
+    return kernel, stride
+
 def read_sets_file(path:str, only=())->dict:
     "The data sets of a tier's file, or of a file that holds nothing else."
     if not Path(path).is_file(): raise CliError(f"{path}: no such file")
@@ -244,6 +252,7 @@ def read_sets_file(path:str, only=())->dict:
 @click.option('--show', type=click.Choice(['square', 'squash', 'inner']), help="An image's central square, all of it squashed, or the inner 7/8 of the square. Default: the protocol's.")
 @click.option('--augment', type=click.Choice(['none', 'flip', 'crop']), help="Of training images; default: the protocol's.")
 @click.option('--crops', type=click.IntRange(1), default=4, show_default=True, help='With crop: of each image.')
+@click.option('--condition', metavar='K,S', callback=lambda ctx, option, v: pooling(v), help="What the encoder is told of an image (EC): kernel and stride of pooled positions, e.g. 4,4; or off. Default: as it was trained.")
 @click.option('--sets', metavar='FILE', help="Evaluate on every data set of FILE instead, e.g. a tier's (its entry ood): one JSON each.")
 @click.option('--set', 'only', multiple=True, metavar='NAME', help='Only this one of them.')
 @click.option('--train-images', type=int, help='Use at most so many.')

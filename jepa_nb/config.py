@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Count', 'Whole', 'Positive', 'NonNeg', 'Fraction', 'Share', 'Beta', 'Shares', 'Range', 'Norm', 'STRICT', 'RELEASED',
            'DEPTH_RELEASED', 'ProbeProtocol', 'DataConfig', 'ScaleConfig', 'AugmentConfig', 'MaskConfig', 'PackConfig',
-           'EncoderConfig', 'PredictorConfig', 'ObjectiveConfig', 'TeacherConfig', 'OptimConfig', 'RunConfig', 'Config',
-           'DepthConfig', 'SetConfig', 'ConfigError', 'setting_names', 'make_config', 'make_depth', 'make_set',
-           'read_recipe', 'load_config', 'save_config']
+           'EncoderConfig', 'PredictorConfig', 'ObjectiveConfig', 'ConditionConfig', 'TeacherConfig', 'OptimConfig',
+           'RunConfig', 'Config', 'DepthConfig', 'SetConfig', 'ConfigError', 'setting_names', 'make_config',
+           'make_depth', 'make_set', 'read_recipe', 'load_config', 'save_config']
 
 # %% ../nbs/00_config.ipynb #d7e89c4a
 import difflib
@@ -175,6 +175,23 @@ class ObjectiveConfig:
     teacher_routing:Literal['inference', 'training']='inference' # diffmoe: how the teacher picks experts; released: training
 
 @dataclass(frozen=True, config=STRICT)
+class ConditionConfig:
+    "What an encoder is told about the other side, in tokens of pooled positions (EC §2)."
+    kind:Literal['none', 'positions', 'shuffled', 'learned']='none' # positions: EC; controls: of other patches of the image, at random; tokens that say nothing
+    parts:Whole=2        # training: runs of m/parts patches of a block of m become one token; 0: runs of one. A window is always one token
+    odd:Literal['floor', 'ceil', 'short']='floor' # where that is no whole number: rounded, an incomplete last run left out; short: floor, and it is kept
+    blocks:Literal['separate', 'joined', 'union']='separate' # runs stay in their target block; cross blocks; cross blocks and count a patch once
+    context_run:Literal['target', 'own']='target' # runs of the context's n patches: of m/parts as the targets', or of n/parts
+    passes:Literal['one', 'each']='one' # each: the context is encoded once for every target block, and told of that one only
+    predictor:Literal['dropped', 'kept']='dropped' # kept: the predictor is given what became of the context encoder's tokens
+    mark:Literal['none', 'type', 'projection']='none' # type: a learned vector added to the tokens; projection: a learned matrix; neither does anything at first
+    kernel:Count=4       # inference: so many patches down and across become one token, of the whole image
+    stride:Count=4
+    edge:Literal['floor', 'ceil', 'adaptive']='floor' # where that does not tile: the rest is left out; makes smaller tokens; as many tokens as nearest to grid/stride
+    in_mean:bool=False   # inference: the tokens count in an image's mean feature
+    learned:Count=64     # kind=learned: so many different tokens, taken in turn
+
+@dataclass(frozen=True, config=STRICT)
 class TeacherConfig:
     "EMA of the encoder: beta rises linearly start → steady → end (FN §8.2)."
     start:Beta=.95
@@ -217,6 +234,7 @@ class RunConfig:
     dtype:Literal['auto', 'float32', 'bfloat16']='auto' # auto: bfloat16 autocast on cuda, float32 elsewhere
     matmul:Literal['highest', 'high', 'medium']='medium' # float32 products; medium is 2.2x on many CPUs, error logged
     compile:bool=False
+    checkpointing:bool=False  # of activations: blocks are computed again on the way back, a third more work for a fraction of the memory
     threads:Whole=0           # CPU threads; 0 leaves torch's choice. Sums differ between thread counts
     log_every:Count=20        # steps
     save_every:Count=500      # steps between checkpoints
@@ -242,6 +260,7 @@ class Config:
     encoder:EncoderConfig=field(default_factory=EncoderConfig)
     predictor:PredictorConfig=field(default_factory=PredictorConfig)
     objective:ObjectiveConfig=field(default_factory=ObjectiveConfig)
+    condition:ConditionConfig=field(default_factory=ConditionConfig)
     teacher:TeacherConfig=field(default_factory=TeacherConfig)
     optim:OptimConfig=field(default_factory=OptimConfig)
     run:RunConfig=field(default_factory=RunConfig)
@@ -252,11 +271,23 @@ class Config:
         if largest%w: raise ValueError(f"scale.max_side {largest} is not a whole number of windows of {w} patches")
         if self.scale.min_side > largest: raise ValueError(f"scale.min_side {self.scale.min_side} is above scale.max_side {largest}")
         if largest < 2*w: raise ValueError(f"scale.max_side {largest} holds fewer than 2 windows of {w} patches: nothing to predict")
+        self._check_parts()
         if self.masks.kind == 'multiblock': return self._check_blocks()
         if not self.pack.static: raise ValueError("pack.static=false: window masks keep the same slots in every batch; only masks.kind=multiblock can do with fewer")
         for name in ('context', 'target'):
             slots = getattr(self.pack, name)
             if slots%w**2: raise ValueError(f"pack.{name} {slots} is not a multiple of a window's {w**2} patches")
+
+    def _check_parts(self):
+        c, nets = self.condition, dict(encoder=self.encoder, predictor=self.predictor)
+        for name, default in (('passes', 'one'), ('predictor', 'dropped'), ('blocks', 'separate')):
+            if getattr(c, name) != default and self.masks.kind != 'multiblock': raise ValueError(f"condition.{name}={getattr(c, name)} is for target blocks: masks.kind=multiblock")
+        if c.passes == 'each' and (c.predictor == 'kept' or c.blocks != 'separate'):
+            raise ValueError("condition.passes=each tells of one block at a time: condition.predictor=dropped and condition.blocks=separate go with it")
+        if c.kind != 'none' and self.encoder.dim%4: raise ValueError(f"conditioning tokens need a width divisible by 4, not encoder.dim {self.encoder.dim}")
+        if self.run.checkpointing:
+            for name, net in nets.items():
+                if net.mlp == 'diffmoe' or net.norm_block == 'batchnorm': raise ValueError(f"run.checkpointing: computing twice would move the {name}'s running statistics twice (mlp=diffmoe, norm_block=batchnorm)")
 
     def _check_blocks(self):
         m, p = self.masks, self.pack
@@ -323,6 +354,7 @@ class SetConfig:
     augment:Literal['none', 'flip', 'crop']|None=None # of training images; None: the protocol's
     crops:Count=4            # crop: random crops of each image
     side:Count|None=None     # pixels; None: the largest side of training
+    condition:Literal['off', False]|tuple[Count, Count]|None=None # what the encoder is told of the whole image (EC): nothing; kernel and stride of pooling; None: the run's
     train_images:Count|None=None # at most
     test_images:Count|None=None
 

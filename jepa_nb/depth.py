@@ -27,6 +27,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .conditioning import told_whole
 from .config import Config, ConfigError, DepthConfig, make_depth
 from .data import BadImage, DataError
 from .patches import centre_crop
@@ -553,6 +554,7 @@ def depth_maps(
     "How far away things are, in metres: not told anything about the image but its pixels."
     encoder, head = open_encoder(open_run(run, parts=('teacher',))[0]), head_of(read_depth(run, name))
     def one(image):
-        h = encoder.hidden(image_tokens(square(read_image(image), head.side)[None], encoder.patch), head.layers)
+        row = image_tokens(square(read_image(image), head.side)[None], encoder.patch)
+        h = encoder.hidden(row, head.layers, extra=told_whole(encoder, row))
         return head(torch.stack([rearrange(a, '1 (y x) d -> 1 d y x', y=head.side//encoder.patch) for a in h], 1).float())
     return torch.cat([head.metres(one(image)) for image in images])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pick', 'rank_in_image', 'keep_windows', 'Copies', 'repeat_and_drop', 'per_segment', 'Prediction', 'Output', 'JEPA',
-           'predict', 'teach', 'score', 'ema_']
+           'predict', 'see', 'teach', 'score', 'ema_']
 
 # %% ../nbs/30_jepa.ipynb #78f50a9d
 from copy import deepcopy
@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .conditioning import Conditioner
 from .config import Config
 from .model import Encoder, Predictor
 from .packing import Pack
@@ -119,12 +120,14 @@ class Output(NamedTuple):
 
 # %% ../nbs/30_jepa.ipynb #c018fde4
 class JEPA(nn.Module):
-    "Encoder, its EMA teacher, and a predictor (IJ §3, FN §3)."
+    "Encoder, its EMA teacher, and a predictor (IJ §3, FN §3; EC §2 where the encoders are told of each other's side)."
     def __init__(self, cfg:Config):
         super().__init__()
         self.cfg = cfg
         self.encoder = Encoder(**vars(cfg.encoder))
         self.predictor = Predictor(cfg.encoder.dim, **vars(cfg.predictor))
+        if cfg.condition.kind != 'none': self.encoder.conditioner = Conditioner(cfg) # last, so that the weights are those of the run without it
+        self.encoder.checkpointing = self.predictor.checkpointing = cfg.run.checkpointing
         self.teacher = deepcopy(self.encoder).requires_grad_(False)
         self.train()
 
@@ -153,15 +156,16 @@ def predict(
     "Guess the teacher's features at the targets."
     cfg, window = jepa.cfg.objective, jepa.cfg.masks.window
     context, target = pick(pack.image, pack.context), pick(pack.image._replace(x=None), pack.target)
-    z, moe_encoder = jepa.encoder.features(context, form)
-    with torch.no_grad(): truth = teach(jepa, pack, form) if truth is None else truth
+    context, z, moe_encoder = see(jepa, pack, context, form, g)
+    with torch.no_grad(): truth = teach(jepa, pack, form, g) if truth is None else truth
     blocks = jepa.cfg.masks.kind == 'multiblock'
     if copies is None and blocks: copies = per_segment(context.sample, target.sample, jepa.cfg.masks.segments)
     elif copies is None: copies = repeat_and_drop(context.sample, target.sample, window, cfg.repeats, cfg.keep_context, cfg.keep_target, cfg.drop, cfg.slack, g)
     of_copy = lambda t, ids: pick(Tokens(None, t.pos[copies.row], t.sample[copies.row]), ids)
     c, t = of_copy(context, copies.context), of_copy(target, copies.target)
     if cfg.drop == 'image' and not blocks: t = t._replace(sample=t.sample.masked_fill(~(t.sample[:, :, None] == c.sample[:, None, :]).any(-1), -1))
-    source = copies.row[:, None]*z.shape[1] + copies.context
+    in_z = copies.row if len(z) == len(pack.context) else torch.arange(len(z), device=z.device) # each: a row of z for every copy
+    source = in_z[:, None]*z.shape[1] + copies.context
     pred, slot, moe_predictor = jepa.predictor(z.flatten(0, 1), source, c, t, form)
     in_pack = (copies.row[:, None]*truth.shape[1] + copies.target).flatten()[slot].clamp(min=0)
     sample = t.sample.flatten()[slot]
@@ -169,9 +173,22 @@ def predict(
     aux = dict(moe_loss=sum(moe) if moe else None, kept_context=copies.kept[0], kept_target=copies.kept[1], shape=tuple(t.sample.shape))
     return Prediction(pred, truth.flatten(0, 1)[in_pack], sample >= 0, t.pos.flatten(0, 1)[slot], sample, slot, aux)
 
-def teach(jepa:JEPA, pack:Pack, form:str='auto')->Tensor: # [b t d]
-    "The teacher's features at the target slots."
-    z = jepa.teacher(pack.image, form)
+def see(jepa:JEPA, pack:Pack, context:Tokens, form:str='auto', g:torch.Generator|None=None)->tuple[Tokens,Tensor,Tensor|None]: # contexts, their features [b c d], loss of the experts
+    "What the encoder makes of the context; told where the targets are, if it is conditioned (EC)."
+    told = jepa.encoder.conditioner
+    if told is None: return context, *jepa.encoder.features(context, form)
+    if told.how.passes == 'each': # a context for every block
+        again = Tokens(*(t.repeat(told.masks.segments, *[1]*(t.ndim-1)) for t in context))
+        return context, *jepa.encoder.features(again, form, told.each(pack, g))
+    extra, kept = told.targets(pack, g), told.how.predictor == 'kept'
+    z, moe_loss = jepa.encoder.features(context, form, extra, kept)
+    if kept: context = Tokens(None, torch.cat((context.pos, extra.pos.round()), 1), torch.cat((context.sample, extra.sample), 1)) # the predictor's codes are of whole patches
+    return context, z, moe_loss
+
+def teach(jepa:JEPA, pack:Pack, form:str='auto', g:torch.Generator|None=None)->Tensor: # [b t d]
+    "The teacher's features at the target slots; told where the context is, if it is conditioned (EC)."
+    told = jepa.teacher.conditioner
+    z = jepa.teacher(pack.image, form, None if told is None else told.context(pack, g))
     z = z.gather(1, pack.target.clamp(min=0)[..., None].expand(-1, -1, z.shape[-1]))
     return F.layer_norm(z, z.shape[-1:]) if jepa.cfg.objective.target_norm == 'layernorm' else z
 

@@ -21,6 +21,7 @@ from matplotlib.colors import hsv_to_rgb
 from torch import Tensor
 from tqdm import tqdm
 
+from .conditioning import told_whole
 from .config import Config
 from .data import BadImage, DataError
 from .jepa import JEPA, Copies, repeat_and_drop, teach
@@ -174,11 +175,11 @@ def draw_masks(
 def masked_losses(
     jepa:JEPA,
     tokens:Tokens,  # [i n p], of whole images of one size
-    truth:Tensor,   # [i n d] the teacher's features
+    truth:Tensor|None, # [i n d] the teacher's features; None: it is asked under every mask, since it is told of the context (EC)
     masks:list,     # `Masks` of each image
 )->tuple[Tensor,Tensor,Tensor,Tensor]: # [s] loss of each scored token, mean over channels; [s] its image; [s] its mask; [s 2] its place
     "Losses of some images under many masks."
-    m, device = [len(k.context) for k in masks], truth.device
+    m, device = [len(k.context) for k in masks], tokens.pos.device
     first = np.cumsum([0, *m[:-1]]).tolist()
     of = torch.arange(len(masks)).repeat_interleave(torch.tensor(m)).to(device)   # image of each row
     mask = torch.cat([torch.arange(k) for k in m]).to(device)
@@ -186,8 +187,8 @@ def masked_losses(
     context, target, parts = cat('context'), cat('target'), [k.copies for k in masks]
     copies = Copies(torch.cat([c.row+a for c, a in zip(parts, first)]).to(device), *(torch.cat(t).to(device) for t in zip(*(c[1:3] for c in parts))), parts[0].kept)
     rows = Tokens(tokens.x[of], tokens.pos[of], torch.arange(len(of), device=device)[:, None].expand(-1, tokens.pos.shape[1]))
-    known = truth[of[:, None], target.clamp(min=0)]
-    out = jepa.predict(Pack(rows, context, target, target.clamp(max=0)), truth=known, copies=copies)
+    known = None if truth is None else truth[of[:, None], target.clamp(min=0)]
+    out = jepa.predict(Pack(rows, context, target, target.clamp(max=0)), torch.Generator(of.device).manual_seed(0), truth=known, copies=copies)
     row, pos = out.sample[out.is_scored], out.pos[out.is_scored].long()
     value = F.smooth_l1_loss(out.pred.float(), out.target.float(), reduction='none')[out.is_scored].mean(1)
     return value, of[row], mask[row], pos
@@ -195,8 +196,9 @@ def masked_losses(
 def whole_truth(
     jepa:JEPA,
     tokens:Tokens, # [i n p]
-)->Tensor:         # [i n d]
+)->Tensor|None:    # [i n d]; None: that depends on the context
     "What every patch would have to be predicted as."
+    if jepa.teacher.conditioner is not None: return None
     every = torch.arange(tokens.pos.shape[1], device=tokens.pos.device).expand(tokens.pos.shape[:2])
     with torch.inference_mode(): return teach(jepa, Pack(tokens, every, every, torch.zeros_like(every)))
 
@@ -420,7 +422,8 @@ def token_energies(
     device, depths = next(encoder.parameters()).device, len(encoder.blocks)+1
     before, after = np.full((len(ids), depths, side, side), np.nan), np.full((len(ids), side, side), np.nan)
     for places, images in squares(source, ids, side*encoder.patch, max(1, tokens//side**2), progress):
-        h = encoder.hidden(Tokens(*(t.to(device) for t in image_tokens(images, encoder.patch))))
+        row = Tokens(*(t.to(device) for t in image_tokens(images, encoder.patch)))
+        h = encoder.hidden(row, extra=told_whole(encoder, row))
         grid = lambda h: energy(h).view(-1, side, side).cpu().numpy()
         before[places] = np.stack([grid(t) for t in h], 1)
         after[places] = grid(encoder.norm(h[-1]))

@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from .conditioning import condition_of, in_mean, told_whole
 from .config import Config, SetConfig
 from .data import BadImage, DataError, open_source
 from .heads import PROTOCOLS, head_probe
@@ -153,6 +154,7 @@ def extract(
     tokens:int=16_384, # tokens in a forward pass
     norm:str='before', # the output norm; 'behind': its features (IJ, EC); 'both': one more at the end, the last depth's behind it
     view=square,       # how an image becomes a square: (image, side) -> square
+    condition=None,    # what the encoder is told of the image (EC): None as its run has it; (kernel, stride) of pooled positions; 'off'
 )->Tensor:             # [i D d] float32, or [i D n d]; NaN for an image that could not be decoded
     "Frozen features of whole images at every depth, before the output norm (FN §5.1)."
     encoder = open_encoder(model)
@@ -162,10 +164,15 @@ def extract(
     per_row = max(1, 512//n) if packed else 1
     for places, images in squares(source, indices, side, max(per_row, tokens//n), progress, view):
         row = Tokens(*(t.to(device) for t in image_tokens(images, patch, per_row)))
-        hidden = encoder.hidden(row, depths)
+        extra = told_whole(encoder, row, condition)
+        hidden, slots = encoder.hidden(row, depths, extra=extra, keep_extra=in_mean(encoder)), row.sample.shape[1]
         if norm == 'behind': hidden = [encoder.norm(h) for h in hidden]
         if norm == 'both': hidden.append(encoder.norm(hidden[-1]))
-        h = torch.stack([rearrange(h, 'b (k n) d -> (b k) n d', n=n)[:len(places)].float() for h in hidden], 1)
+        each = lambda h: rearrange(h, 'b (k n) d -> (b k) n d', k=per_row)[:len(places)].float()
+        h = torch.stack([each(h[:, :slots]) for h in hidden], 1)
+        if pool == 'mean' and hidden[0].shape[1] > slots: # the conditioning tokens count, too; as many of every image
+            full = per_row*int((extra.sample == row.sample[0, 0]).sum())
+            h = torch.cat((h, torch.stack([each(F.pad(h[:, slots:], (0, 0, 0, full+slots-h.shape[1]))) for h in hidden], 1)), 2)
         if pool == 'mean': h = h.mean(2)
         if out is None: out = torch.full((len(indices), *h.shape[1:]), float('nan'))
         out[places] = h.cpu()
@@ -394,6 +401,7 @@ def evaluate(
     target:str='label', cuts='clevr', hold_out=None, # see `questions`; with hold_out `test` is None
     layers=None, show=None, augment=None, # see SetConfig; None: the protocol's
     crops:int=4,        # views of each training image, augment='crop'
+    condition=None,     # see `extract`
 )->dict:
     "Probe a run and write what came out: at every depth (FN), or as one of EC's protocols says."
     start, device = time.time(), 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -403,12 +411,13 @@ def evaluate(
         model, cfg = (random_model(run), run) if kind == 'random init' else open_run(run)
         model, side = model.to(device), side or cfg.scale.max_side*cfg.encoder.patch
         name, seed = name or cfg.run.name, cfg.run.seed if seed is None else seed
+    told = None if kind == 'raw pixels' else condition_of(open_encoder(model), condition)
     last = 0 if kind == 'raw pixels' else len(open_encoder(model).blocks)
     def look(source, ids, view, text):
         text = text if progress else None
         if kind == 'raw pixels': return raw_pixels(source, side or 32, ids, text, view)
         depths = dict(all=None, last=[last], last4=range(max(last-3, 0), last+1))[layers]
-        x = extract(model, source, side, depths, packed, indices=ids, progress=text, norm='both' if layers == 'all' else 'behind', view=view)
+        x = extract(model, source, side, depths, packed, indices=ids, progress=text, norm='both' if layers == 'all' else 'behind', view=view, condition=condition)
         return rearrange(x, 'i D d -> i 1 (D d)') if layers == 'last4' else x
     fit_to, test_on = questions(train, test, target, cuts, train_images, test_images, hold_out)
     seen = views(show, augment, crops)
@@ -429,7 +438,7 @@ def evaluate(
         run=name or kind, features=kind, is_random=kind == 'random init', recipe=None if kind == 'raw pixels' else cfg.run.name,
         norm=None if kind == 'raw pixels' else cfg.encoder.norm_out, seed=seed or 0,
         tier=tier, set=set_name, data=short(test_on[0].name), target=target, cuts=(cuts if isinstance(cuts, str) else list(cuts)) if target == 'dist' else None, hold_out=hold_out,
-        kind='linear', released=released, protocol=protocol, layers=layers, show=show, augment=augment, views=len(seen), side=side or 32,
+        kind='linear', released=released, protocol=protocol, layers=layers, show=show, augment=augment, views=len(seen), side=side or 32, condition=list(told) if told else 'off',
         epochs=None if protocol == 'lbfgs' else probe.get('epochs', epochs or 50), images_seen=images_seen(run) if is_run else 0,
         depths=depths, acc=probe['acc'].tolist(), val_acc=probe['val_acc'].tolist(), acc_normed=normed,
         chosen_depth=depths[chosen], acc_chosen=probe['acc_at_val_choice'], acc_interval=[low, high],
@@ -661,6 +670,7 @@ def encode(
     side:int|None=None,  # pixels: central squares of this size; None keeps aspect and size, up to `largest`
     largest:int|None=None, # longest side in patches; None is the recipe's when `model` is a path, else 16
     batch:int=64,        # images of one size at a time
+    condition=None,      # see `extract`
 )->tuple[Tensor,list[Tensor]]: # pooled [i d], and dense [y x d] of every image
     "Features of images, pooled and dense."
     if isinstance(model, (str, Path)):
@@ -673,12 +683,13 @@ def encode(
         x = read_image(image)
         x = square(x, side) if side else fit_patches(x, patch, largest or 16)
         groups.setdefault(x.shape, []).append((k, x))
-    dense = {}
+    dense, pooled = {}, {}
     for (H, W, _), group in groups.items():  # images of one size go through together
         for j in range(0, len(group), batch):
             ids, xs = zip(*group[j:j+batch])
             tokens = Tokens(*(t.to(device) for t in image_tokens(torch.stack(xs), patch)))
-            h = encoder.hidden(tokens, [range(len(encoder.blocks)+1)[depth]])[0]
-            dense.update(zip(ids, rearrange(h.float(), 'b (y x) d -> b y x d', y=H//patch).cpu()))
-    dense = [dense[k] for k in range(len(dense))]
-    return torch.stack([h.mean((0, 1)) for h in dense]), dense
+            extra = told_whole(encoder, tokens, condition)
+            h = encoder.hidden(tokens, [range(len(encoder.blocks)+1)[depth]], extra=extra, keep_extra=in_mean(encoder))[0].float().cpu()
+            pooled.update(zip(ids, h.mean(1)))
+            dense.update(zip(ids, rearrange(h[:, :tokens.sample.shape[1]], 'b (y x) d -> b y x d', y=H//patch)))
+    return torch.stack([pooled[k] for k in range(len(pooled))]), [dense[k] for k in range(len(dense))]

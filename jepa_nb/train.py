@@ -453,7 +453,7 @@ def feature_signs(jepa:JEPA, pack, amp)->dict:
     "RankMe, spread and likeness of the teacher's features at the targets of a batch."
     mode = jepa.teacher.training
     jepa.teacher.eval()  # looking must not move the thresholds of experts
-    with amp: z = teach(jepa, pack)[pack.target >= 0]
+    with amp: z = teach(jepa, pack, g=torch.Generator(pack.target.device).manual_seed(0))[pack.target >= 0]
     jepa.teacher.train(mode)
     return dict(rankme=rankme(z), **{f'feature_{k}':v for k, v in collapse(z).items()})
 def own_scores(jepa:JEPA, source)->dict:
