@@ -9,9 +9,9 @@ __all__ = ['UNTESTED', 'SHAPE', 'SKILL', 'LN', 'TANH', 'BEFORE', 'AFTER', 'AT_ON
            'facts_of_runs', 'learned', 'seen', 'has_grid', 'same_images', 'Claim', 'Judgement', 'judge', 'accuracy',
            'rmse', 'norms', 'less', 'at_end', 'spread_kept', 'on_objects', 'grid', 'grid_control', 'depth_gain',
            'sees_depth', 'fastest', 'times', 'compiled', 'on_gpu', 'final', 'drop_at_last', 'gain_of_norm', 'jump',
-           'mid_epoch', 'published_rows', 'published', 'speed', 'ec_facts', 'methods', 'most_against', 'on_set',
-           'on_sets', 'cost_of_range', 'by_step', 'over_training', 'best_pooling', 'pooling_gain', 'more_flops',
-           'ahead', 'worse', 'told', 'runs_of', 'said', 'entry', 'ledger', 'figure_claim']
+           'mid_epoch', 'published_rows', 'published', 'speed', 'ec_facts', 'methods', 'method_runs', 'check_method',
+           'most_against', 'on_set', 'on_sets', 'cost_of_range', 'by_step', 'over_training', 'best_pooling',
+           'pooling_gain', 'more_flops', 'ahead', 'worse', 'told', 'runs_of', 'said', 'entry', 'ledger', 'figure_claim']
 
 # %% ../nbs/45_claims.ipynb #99ffe1fb
 import csv
@@ -24,8 +24,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .config import load_config
-from .probes import above_baselines, paired, paired_interval, read_baselines, read_probe, verdict
-from .show import root, weights_file
+from .probes import above_baselines, find_runs, paired, paired_interval, read_baselines, read_probe, verdict
+from .show import root, short, weights_file
+from .train import RunError
 
 # %% ../nbs/45_claims.ipynb #fb97ff17
 class Untested(Exception):
@@ -508,6 +509,29 @@ def methods(stem:str, column:str, **where)->Callable:
     "A column with EC-IJEPA minus that with I-JEPA."
     return lambda t: paired(*(by_seed(t, stem, column, method=name, **where) for name in (EC, IJ)))
 
+# %% ../nbs/45_claims.ipynb #ec5d0115
+def method_runs(
+    ijepa=None, ec=None,             # run folders, one per seed; None: those of tier quick
+    ijepa_large=None, ec_large=None, # the same at size 2; None: those of tier quick, if there; []: none
+)->dict[tuple,list[Path]]:           # (method, size) -> run folders
+    "The runs that EC's figures compare, each what it is called."
+    found = {}
+    for (method, size), given, name in zip([(m, s) for s in SIZES for m in (IJ, EC)], (ijepa, ec, ijepa_large, ec_large), ('ec_ijepa', 'ec_ec', 'ec_wide_ijepa', 'ec_wide_ec')):
+        if given == [] and size > 1: continue
+        try: folders = find_runs(given, name)
+        except RunError:
+            if given is None and size > 1: continue
+            raise
+        found[method, size] = check_method(folders, method)
+    return found
+
+def check_method(folders:list[Path], method:str)->list[Path]:
+    "Refuse runs of the other method."
+    for f in folders:
+        told = load_config(weights_file(f).parent/'config.yaml').condition.kind
+        if (told != 'none') != (method == EC): raise RunError(f"{short(f)}: was trained with condition.kind={told}, so it is no run of {method}")
+    return folders
+
 # %% ../nbs/45_claims.ipynb #ec5d0104
 def most_against(
     found:dict, # what is compared -> {seed: difference}, positive is the claimed side
@@ -598,7 +622,8 @@ CLAIMS += [
     Claim(18, 'EC', 'conditioning probes better at both sizes',
         'We see that EC-IJEPA outperforms the baseline IJEPA with different encoder sizes', '§3', None,
         sizes('linear probe, points, EC-IJEPA − I-JEPA', lambda s: methods('ec_table1_probe', 'acc', what='probe', size=s)),
-        'ec_table1_probe', (learned, seen(SKILL)), every=True, facts=ec_facts()),
+        'ec_table1_probe', (learned, seen(SKILL)), every=True, facts=ec_facts(),
+        beside=sizes('points at the last layer, behind the norm, as the paper takes features', lambda s: methods('ec_table1_probe', 'acc_last', what='probe', size=s))),
     Claim(19, 'EC', 'conditioning raises RankMe and LiDAR',
         'We see that EC-IJEPA shows higher scores for RankMe and LiDAR metrics compared to IJEPA', '§3', lambda P: ahead(P, 'rankme', 1),
         tuple(Part(f'{label}, EC-IJEPA − I-JEPA, size {s}', methods('ec_table2_rank', column, size=s)) for column, label in (('rankme', 'RankMe'), ('lidar', 'LiDAR')) for s in SIZES),
