@@ -6,9 +6,9 @@
 __all__ = ['SHOWN', 'PENALTIES', 'T95', 'square', 'image_tokens', 'squash', 'inner', 'crop_and_flip', 'mirrored', 'views',
            'probe_choices', 'open_encoder', 'tell_skipped', 'squares', 'extract', 'fit_linear', 'hits', 'fit_logistic',
            'probe_depth', 'linear_probe', 'knn', 'raw_pixels', 'bootstrap', 'labelled', 'decoded', 'refuse_shared',
-           'questions', 'images_seen', 'evaluate', 'evaluate_sets', 'kept', 'step_of', 'rank_checkpoints', 'at',
-           'find_runs', 'read_probe', 'read_ranks', 'read_baselines', 'above_baselines', 'figure_source', 'paired',
-           'paired_interval', 'verdict', 'read_image', 'fit_patches', 'encode']
+           'questions', 'trained', 'images_seen', 'evaluate', 'evaluate_sets', 'kept', 'step_of', 'rank_checkpoints',
+           'at', 'find_runs', 'read_probe', 'read_ranks', 'read_baselines', 'above_baselines', 'figure_source',
+           'paired', 'paired_interval', 'verdict', 'read_image', 'fit_patches', 'encode']
 
 # %% ../nbs/40_probes.ipynb #e46d4abe
 import io
@@ -374,11 +374,15 @@ def questions(
     if not 0 < n < len(ids): raise DataError(f"{train.name}: {hold_out} of {len(ids)} images leaves nothing to {'test on' if not n else 'fit to'}")
     return [(train, part, y[part]) for part in (np.sort(ids[n:][:train_images]), np.sort(ids[:n][:test_images]))]
 
+def trained(checkpoint)->dict:
+    "How far a checkpoint was trained: step and images, from its state.json, or trained.json where it was shipped; empty when that is not known."
+    weights = weights_file(checkpoint)
+    found = [p for n in ('state.json', 'trained.json') if weights and (p := weights.parent/n).is_file()]
+    return json.loads(found[0].read_text()) if found else {}
+
 def images_seen(run)->int|None:
-    "How many images a checkpoint was trained on, from its state.json; None when that is not known."
-    state = weights_file(run)
-    state = state and state.parent/'state.json'
-    return json.loads(state.read_text()).get('images') if state and state.is_file() else None
+    "How many images a checkpoint was trained on; None when that is not known."
+    return trained(run).get('images')
 
 # %% ../nbs/40_probes.ipynb #44591839
 def evaluate(
@@ -491,9 +495,8 @@ def kept(run:str|Path)->list[Path]:
 
 def step_of(checkpoint:Path)->int:
     "The number of updates behind a checkpoint."
-    state = Path(checkpoint)/'state.json'
-    if not state.is_file(): raise RunError(f"{short(checkpoint)}: has no state.json, which says after how many updates it was written")
-    return json.loads(state.read_text())['step']
+    if 'step' not in trained(checkpoint): raise RunError(f"{short(checkpoint)}: does not say after how many updates it was written")
+    return trained(checkpoint)['step']
 
 def rank_checkpoints(
     run:str|Path,            # a run folder

@@ -266,7 +266,7 @@ def open_run(
 # %% ../nbs/32_train.ipynb #c33cf42b
 def ship(
     run:str|Path,       # anything `open_run` opens
-    out:str|Path,       # folder to write: config.yaml, model.safetensors, state.json, SHA256SUMS
+    out:str|Path,       # folder to write: config.yaml, model.safetensors, trained.json, SHA256SUMS
     step:int|None=None,
     parts=PARTS,
 )->Path:
@@ -278,8 +278,8 @@ def ship(
         save_file(_cpu(small), tmp/'model.safetensors')
         save_config(cfg, tmp/'config.yaml')
         state = _whole(Path(run), step)/'state.json'
-        if state.is_file(): write_json(tmp/'state.json', {k:v for k, v in json.loads(state.read_text()).items() if k in ('step', 'images')})
-        (tmp/'SHA256SUMS').write_text(''.join(f'{sha256(tmp/n)}  {n}\n' for n in ('config.yaml', 'model.safetensors', 'state.json') if (tmp/n).is_file()))
+        if state.is_file(): write_json(tmp/'trained.json', {k:v for k, v in json.loads(state.read_text()).items() if k in ('step', 'images')})
+        (tmp/'SHA256SUMS').write_text(''.join(f'{sha256(tmp/n)}  {n}\n' for n in ('config.yaml', 'model.safetensors', 'trained.json') if (tmp/n).is_file()))
         if (Path(run)/'eval').is_dir(): shutil.copytree(Path(run)/'eval', tmp/'eval') # what is known about it travels along
         if (Path(run)/'log.jsonl').is_file(): shutil.copy(Path(run)/'log.jsonl', tmp/'log.jsonl')
     return out
