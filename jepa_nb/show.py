@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'STYLE', 'root', 'short', 'set_style', 'to_picture', 'show_images', 'cross_out', 'show_tokens', 'show_map',
-           'outline', 'write_atomic', 'table_rows', 'table_csv', 'git_commit', 'file_hash', 'weights_file', 'versions',
-           'save_figure']
+           'outline', 'show_table', 'write_atomic', 'table_rows', 'table_csv', 'git_commit', 'file_hash',
+           'weights_file', 'versions', 'save_figure']
 
 # %% ../nbs/01_show.ipynb #a4291715
 import csv
@@ -155,6 +155,42 @@ def outline(
     a, b = np.stack([x-1.5, x-.5, 0.*x+np.nan], 1), np.stack([u-.5, u-.5, 0.*u+np.nan], 1)
     c, d = np.stack([y-.5, y-.5, 0.*y], 1), np.stack([v-1.5, v-.5, 0.*v], 1)
     return ax.plot(np.concatenate([a, b]).ravel(), np.concatenate([c, d]).ravel(), **style)
+
+# %% ../nbs/01_show.ipynb #ec5d0202
+def show_table(
+    head,               # titles of the columns; may have two lines
+    rows,               # lists of cells, as texts; None: a faint rule
+    widths,             # of the columns, inches
+    align='',           # 'l' or 'r' of each column; '': the first is left, the others right
+    over=(),            # (first column, last, text) of headings above the head
+    style=None,         # (row, column) -> properties of its text; a rule counts as a row
+    title='',           # above all, small
+):                      # the figure
+    "A table of texts."
+    edges, align, style = np.cumsum([0, *widths]), align or 'l'+'r'*(len(head)-1), style or {}
+    lines, top = sum(r is not None for r in rows), .2+.13*max(t.count('\n') for t in head)+(.27 if over else 0)+.16*(title.count('\n')+bool(title))
+    with plt.rc_context(STYLE):
+        fig = plt.figure(figsize=(edges[-1]+.1, .1+top+.22*lines), layout='none')
+        ax = fig.add_axes((0, 0, 1, 1))
+        ax.set(xlim=(-.05, edges[-1]+.05), ylim=(-.22*lines-.05, top+.05))
+        ax.axis('off')
+        rule = lambda y, x0=0, x1=edges[-1], **kw: ax.plot((x0, x1), (y, y), **dict(color='#222222', lw=.9, solid_capstyle='butt') | kw)
+        at = lambda j: edges[j]+.03 if align[j] == 'l' else edges[j+1]-.06
+        def say(j, y, text, **kw): ax.text(at(j), y, text, ha=dict(l='left', r='right')[align[j]], **dict(va='center', fontsize=8, color='#222222') | kw)
+        for j, t in enumerate(head): say(j, .06, t, va='baseline', fontsize=7.5, color='#444444', linespacing=1.15)
+        for first, last, t in over:
+            y = .29+.13*max(t.count('\n') for t in head)
+            ax.text((edges[first]+edges[last+1])/2, y+.05, t, ha='center', va='baseline', fontsize=8, fontweight='bold', color='#222222')
+            rule(y, edges[first]+.05, edges[last+1]-.05, lw=.6)
+        rule(0); rule(-.22*lines)
+        y = 0
+        for i, row in enumerate(rows):
+            if row is None: rule(y, color='#DDDDDD', lw=.6); continue
+            for j, cell in enumerate(row): say(j, y-.11, str(cell), **style.get((i, j), {}))
+            y -= .22
+        if title: ax.text(.03, top+.02, title, va='top', fontsize=7.5, color='#444444', linespacing=1.3)
+    plt.close(fig) # else a notebook draws it twice
+    return fig
 
 # %% ../nbs/01_show.ipynb #278604fa
 def write_atomic(path, data):

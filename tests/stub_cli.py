@@ -29,8 +29,9 @@ elif verb == 'train':
     (out/'done.json').write_text('{}')
 elif verb == 'eval':
     Path(given['--out']).parent.mkdir(parents=True, exist_ok=True)
-    for name in yaml.safe_load(Path(given['--sets']).read_text())['ood'] if '--sets' in given else ['probe']:
-        if name != 'runs': Path(given['--out'].replace('{set}', name)).write_text(' '.join(words))
+    if '--sets' in given: names = [k for k in yaml.safe_load(Path(given['--sets']).read_text())['ood'] if k != 'runs']
+    else: names = [b.replace(',', '-') for a, b in zip(words, words[1:]) if a == '--condition'] or ['probe']
+    for name in names: Path(given['--out'].replace('{set}', name).replace('{condition}', name)).write_text(' '.join(words))
 elif verb in ('depth', 'ranks'):
     out = Path(given['--out'])
     out.parent.mkdir(parents=True, exist_ok=True)

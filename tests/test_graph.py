@@ -155,6 +155,31 @@ def test_other_data_sets(tmp_path):
     assert plan(folder) == dict(ood=2, random_ood=2, pixels_ood=1)
 
 
+def test_poolings(tmp_path):
+    "One job a seed evaluates a run under every pooling; a changed grid is asked again, and nothing else."
+    pooling = dict(run='fn_tanh', grid=[[1, 1], [4, 2], [4, 4]], train_images=50, layers='last')
+    fig = dict(ec_fig4_pooling=dict(runs=dict(ln='fn_tanh')))
+    folder = clone(tmp_path/'tree', TIER | dict(pooling=pooling, figures=TIER['figures'] | fig))
+    (folder/'nbs/figures/ec_fig4_pooling.ipynb').write_text(NOTEBOOK)
+    r = make(folder, 'reproduce')
+    assert r.returncode == 0, r.stdout+r.stderr
+    assert plan(folder) == {}
+    files = sorted(p.name for p in (folder/'runs/tiny/fn_tanh/seed1/eval').glob('pool*'))
+    assert files == ['pool-1-1.json', 'pool-4-2.json', 'pool-4-4.json', 'pool-off.json'] and not list((folder/'runs/tiny/fn_ln/seed0/eval').glob('pool*'))
+    said = (folder/'runs/tiny/fn_tanh/seed1/eval/pool-4-2.json').read_text()
+    assert '--train-images 50' in said and '--layers last' in said and '--epochs 2' in said and said.count('--condition') == 4
+    changed(**TIER | dict(pooling=pooling | dict(grid=[[4, 4]]), figures=TIER['figures'] | fig))(folder)
+    assert plan(folder) == dict(pool=2, figure=1)
+
+
+@pytest.mark.parametrize('pooling, said', [
+    (dict(grid=[[4, 4]]), 'has no run'), (dict(run='fn_tnah', grid=[[4, 4]]), 'did you mean fn_tanh?'), (dict(run='fn_tanh', grid=[[2, 4], [4, 4]]), 'the stride no larger'), (dict(run='fn_tanh', grid=[[1, 1]]), 'lacks [4, 4]'),
+    (dict(run='fn_tanh', grid=[[4, 4], [4, 4]]), 'twice'), (dict(run='fn_tanh', grid=4), 'a list of kernel and stride'), (dict(run='fn_tanh', grid=[[4, 4]], tran_images=3), 'did you mean train_images?')], ids=lambda v: v if isinstance(v, str) else '')
+def test_a_pooling_that_cannot_be(tmp_path, pooling, said):
+    r = make(clone(tmp_path/'tree', TIER | dict(pooling=pooling)), 'dry')
+    assert r.returncode and said in r.stdout+r.stderr
+
+
 @pytest.mark.parametrize('tier', TIERS)
 def test_tier_has_a_plan(tier):
     r = subprocess.run([sys.executable, '-m', 'jepa_nb.cli', 'reproduce', '--tier', tier, '--dry'], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
