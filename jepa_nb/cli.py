@@ -7,8 +7,9 @@ __all__ = ['JOBS', 'TIER_KEYS', 'POOLING_OPTIONS', 'DEPTH_OPTIONS', 'REFUSALS', 
            'die_with_parent', 'join_graph', 'figure_parameters', 'in_clone', 'figure_notebook', 'words_of',
            'check_resumes', 'check_pooling', 'read_sets', 'read_tier', 'Verbs', 'cli', 'seed_folder', 'train',
            'move_aside', 'numbers', 'pooling', 'pooling_name', 'read_sets_file', 'eval_', 'tell_probe', 'depth_',
-           'ranks', 'figure', 'run_notebook', 'data', 'shards', 'tell_shards', 'cifar10', 'scenes', 'ship', 'public',
-           'digits', 'only_start', 'wait_for_orphans', 'spent', 'reproduce', 'graph_environment', 'run_child', 'main']
+           'ranks', 'figure', 'run_notebook', 'data', 'shards', 'tell_shards', 'cifar10', 'scenes', 'ship', 'convert',
+           'public', 'digits', 'only_start', 'wait_for_orphans', 'spent', 'reproduce', 'graph_environment', 'run_child',
+           'main']
 
 # %% ../nbs/51_cli.ipynb #a30213ce
 import ast
@@ -462,6 +463,18 @@ def ship(run, out):
     "Write the small form of RUN's newest checkpoint (bfloat16, config, checksums) and its evaluation to the folder OUT."
     from jepa_nb.train import ship
     click.echo(ship(run, out))
+
+# %% ../nbs/51_cli.ipynb #5c0d0b1e
+@cli.command()
+@click.argument('source', metavar='IN')
+@click.argument('out')
+@click.option('--to', type=click.Choice(['run', 'ijepa', 'hf', 'timm']), help="What OUT becomes; default: .pth.tar is an official I-JEPA file, and somebody else's checkpoint becomes a run.")
+@click.option('--part', type=click.Choice(['target_encoder', 'encoder']), default='target_encoder', show_default=True, help='The network that is evaluated, or the only one that is written.')
+@click.option('--heads', type=click.IntRange(1), help='Of attention, where IN does not say: official files do not.')
+def convert(source, out, **kw):
+    "Make a run of somebody's I-JEPA checkpoint (official file, Hugging Face, timm), or one of those of a run."
+    from jepa_nb.interop import convert
+    convert(source, out, say=click.echo, **kw)
 
 # %% ../nbs/51_cli.ipynb #069509d5
 PUBLIC = dict(cifar100='cifar-100-binary.tar.gz', eurosat='EuroSAT.zip', food101='food-101.tar.gz', sun397='SUN397.tar.gz', clevr='CLEVR_v1.0.zip')

@@ -121,7 +121,7 @@ def open_encoder(
     model, # path of a run or checkpoint, JEPA, or Encoder
 ):
     "The network that is evaluated: the teacher of a JEPA, in eval mode."
-    if isinstance(model, (str, Path)): model, _ = open_run(model)
+    if isinstance(model, (str, Path)): model, _ = open_run(model, parts=('teacher',))
     return getattr(model, 'teacher', model).eval()
 
 @lru_cache(maxsize=4096)
@@ -412,7 +412,7 @@ def evaluate(
     layers, show, augment = probe_choices('adamw' if released else protocol, layers, show, augment)
     kind = 'raw pixels' if run == 'pixels' else 'random init' if isinstance(run, Config) else 'teacher'
     if kind != 'raw pixels':
-        model, cfg = (random_model(run), run) if kind == 'random init' else open_run(run)
+        model, cfg = (random_model(run), run) if kind == 'random init' else open_run(run, parts=('teacher',))
         model, side = model.to(device), side or cfg.scale.max_side*cfg.encoder.patch
         name, seed = name or cfg.run.name, cfg.run.seed if seed is None else seed
     told = None if kind == 'raw pixels' else condition_of(open_encoder(model), condition)
@@ -677,7 +677,7 @@ def encode(
 )->tuple[Tensor,list[Tensor]]: # pooled [i d], and dense [y x d] of every image
     "Features of images, pooled and dense."
     if isinstance(model, (str, Path)):
-        model, cfg = open_run(model)
+        model, cfg = open_run(model, parts=('teacher',))
         largest = largest or cfg.scale.max_side
     encoder = open_encoder(model)
     device, patch, groups = next(encoder.parameters()).device, encoder.patch, {}

@@ -223,7 +223,9 @@ def load_weights(jepa:JEPA, file:Path, parts=PARTS):
     except (OSError, SafetensorError) as e: raise RunError(f"{file}: cannot be read: {e}") from None
     for part in set(PARTS)-set(parts): setattr(jepa, part, None)
     tensors = {k:v for k, v in tensors.items() if k.partition('.')[0] not in set(PARTS)-set(parts)}
-    want = jepa.state_dict()
+    want, parts_in = jepa.state_dict(), {k.partition('.')[0] for k in tensors}
+    if lacking := [p for p in PARTS if p in parts and p not in parts_in]:
+        raise RunError(f"{file}: has no {' and no '.join(lacking)}; it holds {', '.join(sorted(parts_in)) or 'nothing that was asked for'}")
     for k in want:
         if k not in tensors: raise RunError(f"{file}: has no tensor {k}, which its config asks for")
     for k, v in tensors.items():

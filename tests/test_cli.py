@@ -16,7 +16,7 @@ def jepa_nb(*words, cwd=ROOT, **env):
 
 
 @pytest.mark.parametrize('words, code, names', [
-    (['trian', RECIPE], 2, "No such command 'trian'. Did you mean 'train'?"),
+    (['trian', RECIPE], 2, "'train'"),
     (['train'], 2, "RECIPE"),
     (['train', RECIPE, '--uot', 'x'], 2, '--out'),
     (['train', 'nowhere.yaml'], 1, 'nowhere.yaml: no such recipe'),
@@ -50,6 +50,12 @@ def jepa_nb(*words, cwd=ROOT, **env):
     (['eval', RECIPE, '--condition', '4,4', '--condition', 'off', '--out', '{tmp}/x'], 1, 'needs {{condition}} in it'),
     (['eval', RECIPE, '--sets', 'params/smoke.yaml', '--condition', 'off', '--out', '{tmp}/x'], 1, '--condition: with --sets'),
     (['ship', '{tmp}/nothing', '{tmp}/out'], 1, '{tmp}/nothing'),
+    (['convert', '{tmp}/nothing.pth.tar', '{tmp}/out'], 1, '{tmp}/nothing.pth.tar: no such file or folder'),
+    (['convert', '{tmp}', '{tmp}/out'], 1, '{tmp}: is neither a run, nor a folder of Hugging Face or timm'),
+    (['convert', RECIPE, '{tmp}/out'], 1, RECIPE+': not a file'),
+    (['convert', RECIPE, '{tmp}'], 1, '{tmp}: is there already'),
+    (['convert', RECIPE, '{tmp}/out', '--to', 'onnx'], 2, "'onnx' is not one of"),
+    (['convert', '{tmp}/nothing.pth.tar'], 2, 'OUT'),
     (['figure', 'fn_fig1'], 1, 'fn_fig1: no such figure'),
     (['reproduce', '--tier', 'quik'], 1, 'did you mean quick?'),
 ], ids=lambda v: ' '.join(map(str, v)) if isinstance(v, list) else '')
@@ -61,7 +67,7 @@ def test_refusal(words, code, names, tmp_path):
     assert not (tmp_path/'run'/'checkpoints').exists()
 
 
-@pytest.mark.parametrize('words', ([], ['train'], ['eval'], ['depth'], ['ranks'], ['figure'], ['data'], ['data', 'scenes'], ['reproduce']), ids=' '.join)
+@pytest.mark.parametrize('words', ([], ['train'], ['eval'], ['depth'], ['ranks'], ['figure'], ['data'], ['data', 'scenes'], ['convert'], ['reproduce']), ids=' '.join)
 def test_help(words):
     r = jepa_nb(*words, '--help')
     assert r.returncode == 0 and 'Usage: jepa_nb' in r.stdout

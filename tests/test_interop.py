@@ -1,0 +1,250 @@
+"""Everyone else's models give the features that ours give, on random weights; and what a convert says and writes.
+
+`pip install '.[interop]'` brings transformers. timm is not in it: it needs torchvision, whose builds each want one exact torch. What is missing is skipped.
+The notebook tests the same doors against a ViT written out by hand, in every run. Tested with transformers 5.24.0 and timm 1.0.31."""
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from jepa_nb.config import make_config
+from jepa_nb.data import open_source
+from jepa_nb.interop import InteropError, convert, read_any, stretched
+from jepa_nb.layers import sincos2d, sincos_codes
+from jepa_nb.patches import positions
+from jepa_nb.probes import encode, evaluate, extract, image_tokens
+from jepa_nb.train import open_run, ship, train
+
+PLAIN = dict(position='sincos', qk_norm=False, attn_bias=True, norm_eps=1e-6, gelu='exact', pixels='imagenet')
+SIZES = [dict(patch=16, dim=48, depth=3, heads=3, side=224), dict(patch=14, dim=64, depth=2, heads=2, side=112), dict(patch=16, dim=192, depth=12, heads=3, side=224),
+         dict(patch=8, dim=32, depth=2, heads=4, side=96, hidden=88)] # the last: the MLP of ViT-g is not four times as wide either
+sizes = pytest.mark.parametrize('size', SIZES, ids=lambda s: f"{s['patch']}-{s['dim']}-{s['depth']}-{s['side']}")
+
+
+@pytest.fixture
+def hf(): return pytest.importorskip('transformers', reason="transformers is not installed: pip install '.[interop]'")
+
+
+@pytest.fixture
+def timm():
+    try: timm = importlib.import_module('timm')
+    except Exception as e: pytest.skip(f"timm cannot be imported here: {type(e).__name__}: {str(e).splitlines()[0]}") # its torchvision refuses another torch with a RuntimeError
+    return timm
+
+
+def randomise(model, seed=0):
+    "Every tensor random and of use; a start at zero would hide a bias that was forgotten."
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for n, p in model.named_parameters(): p.copy_(torch.randn(p.shape, generator=g)*(.5/p[0].numel()**.5 if p.ndim > 1 else .2) + (1. if 'norm' in n and n.endswith('weight') else 0.))
+    return model.eval()
+
+
+def pictures(side, n=2): return torch.randint(256, (n, side, side, 3), generator=torch.Generator().manual_seed(side), dtype=torch.uint8)
+
+
+def pixels(images):
+    mean, std = torch.tensor([[.485, .456, .406], [.229, .224, .225]])
+    return ((images/255 - mean)/std).permute(0, 3, 1, 2)
+
+
+def their_model(hf, size, cls='IJepaModel', eps=1e-6):
+    s = dict(hidden=4*size['dim']) | size
+    cfg = hf.IJepaConfig(hidden_size=s['dim'], num_hidden_layers=s['depth'], num_attention_heads=s['heads'], intermediate_size=s['hidden'], image_size=s['side'], patch_size=s['patch'], layer_norm_eps=eps)
+    model, n = randomise(getattr(hf, cls)(cfg)), s['side']//s['patch']
+    getattr(model, 'ijepa', model).embeddings.position_embeddings.data = sincos2d(positions((n, n)), sincos_codes(s['dim']))[None]
+    return model
+
+
+def our_run(size, out, condition=None, **encoder):
+    "A run of two steps, so that there is a checkpoint, with weights that are all random."
+    s, n = size, size['side']//size['patch']
+    cfg = make_config(dict(
+        data=dict(images=8, side=s['side']), scale=dict(kind='crop', max_side=n), masks=dict(kind='multiblock'), pack=dict(rows=2, pool=1, image=n*n, context=n*n, target=4*(n*n//3), static=False),
+        encoder=dict({k:s[k] for k in ('patch', 'dim', 'depth', 'heads')}, **PLAIN | dict(mlp_ratio=s.get('hidden', 4*s['dim'])/s['dim']) | encoder),
+        condition=condition or {},
+        predictor=dict(dim=24 if 24%s['heads'] == 0 else 32, depth=1, heads=s['heads'], **{k:v for k, v in PLAIN.items() if k != 'pixels'}),
+        run=dict(steps=1, log_every=1, device='cpu', threads=1, name='mine')))
+    train(cfg, out, progress=False)
+    return out
+
+
+@torch.no_grad()
+def features(hf_model, images, **kw): return hf_model(pixels(images), **kw).last_hidden_state
+
+
+@sizes
+def test_hugging_face_in(hf, size, tmp_path):
+    model = their_model(hf, size)
+    model.save_pretrained(tmp_path/'hf')
+    convert(tmp_path/'hf', tmp_path/'run')
+    ours, images = open_run(tmp_path/'run', parts=('teacher',))[0].teacher, pictures(size['side'])
+    with torch.no_grad(): assert_close(ours(image_tokens(images, size['patch'])), features(model, images), atol=1e-5, rtol=1e-5)
+
+
+@sizes
+def test_hugging_face_out(hf, size, tmp_path):
+    our_run(size, tmp_path/'run')
+    convert(tmp_path/'run', tmp_path/'hf', to='hf')
+    model, info = hf.IJepaModel.from_pretrained(tmp_path/'hf', output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.config.layer_norm_eps == 1e-6
+    ours, images = open_run(tmp_path/'run')[0].teacher, pictures(size['side'])
+    with torch.no_grad(): assert_close(features(model.eval(), images), ours(image_tokens(images, size['patch'])), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('side', [64, 96, 112, 224, 256, 448])
+def test_other_resolutions(hf, side, tmp_path):
+    "Theirs stretches its table; ours does so when asked, and else computes, which agrees at the native size only."
+    model = their_model(hf, SIZES[0])
+    model.save_pretrained(tmp_path/'hf')
+    ours, images = open_run(convert(tmp_path/'hf', tmp_path/'run'), parts=('teacher',))[0].teacher, pictures(side, 1)
+    theirs, row = features(model, images, interpolate_pos_encoding=True), image_tokens(images, 16)
+    with torch.no_grad():
+        assert_close(stretched(ours, 14, side//16)(row), theirs, atol=1e-5, rtol=1e-5)
+        assert ((ours(row)-theirs).abs().max() < 1e-5) == (side == 224)
+
+
+def test_their_epsilon_and_gelu(hf, tmp_path):
+    "A folder whose config leaves LayerNorm at the library's 1e-12 converts as what it is, in and out."
+    model = their_model(hf, SIZES[3], eps=1e-12)
+    model.config.hidden_act = 'gelu_pytorch_tanh'
+    model.save_pretrained(tmp_path/'hf')
+    model, images = hf.IJepaModel.from_pretrained(tmp_path/'hf').eval(), pictures(96)
+    jepa, cfg = open_run(convert(tmp_path/'hf', tmp_path/'run'), parts=('teacher',))
+    assert (cfg.encoder.norm_eps, cfg.encoder.gelu) == (1e-12, 'tanh')
+    with torch.no_grad(): assert_close(jepa.teacher(image_tokens(images, 8)), features(model, images), atol=1e-5, rtol=1e-5)
+    again = hf.IJepaModel.from_pretrained(convert(tmp_path/'run', tmp_path/'again', to='hf')).eval()
+    assert torch.equal(features(again, images), features(model, images))
+
+
+def test_classifier_and_names_of_both_generations(hf, tmp_path):
+    model, images = their_model(hf, SIZES[3], 'IJepaForImageClassification'), pictures(96)
+    model.save_pretrained(tmp_path/'disk')
+    disk = set(load_file(tmp_path/'disk/model.safetensors'))
+    assert 'ijepa.encoder.layer.0.attention.attention.query.weight' in disk
+    (tmp_path/'memory').mkdir()
+    save_file({k:v.contiguous() for k, v in model.state_dict().items()}, tmp_path/'memory/model.safetensors')
+    (tmp_path/'memory/config.json').write_text((tmp_path/'disk/config.json').read_text())
+    if int(hf.__version__.split('.')[0]) >= 5: assert set(model.state_dict()) != disk
+    for name in ('disk', 'memory'):
+        said = []
+        ours = open_run(convert(tmp_path/name, tmp_path/f'{name}_run', say=said.append), parts=('teacher',))[0].teacher
+        with torch.no_grad(): assert_close(ours(image_tokens(images, 8)), features(model.ijepa, images), atol=1e-5, rtol=1e-5)
+        assert any('left out: classifier.weight' in line for line in said)
+
+
+def test_shards(hf, tmp_path):
+    their_model(hf, SIZES[2]).save_pretrained(tmp_path/'hf', max_shard_size='5MB')
+    assert len(list((tmp_path/'hf').glob('*.safetensors'))) > 1
+    assert read_any(tmp_path/'hf').sizes.depth == 12
+    next((tmp_path/'hf').glob('*.safetensors')).unlink()
+    with pytest.raises(InteropError, match='has no tensor|says 12'): read_any(tmp_path/'hf')
+
+
+def test_learned_positions_are_refused(hf, tmp_path):
+    hf.IJepaModel(hf.IJepaConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=64, image_size=64)).save_pretrained(tmp_path/'hf')
+    with pytest.raises(InteropError, match='position_embeddings is not the fixed sin-cos table'): convert(tmp_path/'hf', tmp_path/'run')
+
+
+def test_their_image_processor_says_imagenet(hf, tmp_path):
+    our_run(SIZES[3], tmp_path/'run')
+    convert(tmp_path/'run', tmp_path/'hf', to='hf')
+    try: processor = hf.AutoImageProcessor.from_pretrained(tmp_path/'hf')
+    except (ImportError, ValueError) as e: pytest.skip(f"its image processors cannot be had here: {str(e).strip().splitlines()[0]}")
+    images = pictures(96)
+    got = processor(list(images.permute(0, 3, 1, 2)), return_tensors='pt')['pixel_values']
+    assert_close(got, pixels(images), atol=1e-5, rtol=1e-5)
+
+
+@sizes
+def test_timm(timm, size, tmp_path):
+    our_run(size, tmp_path/'run')
+    convert(tmp_path/'run', tmp_path/'timm', to='timm')
+    args = json.loads((tmp_path/'timm/config.json').read_text())['model_args']
+    model = timm.create_model(f"local-dir:{tmp_path/'timm'}", pretrained=True).eval()
+    ours, images = open_run(tmp_path/'run')[0].teacher, pictures(size['side'])
+    with torch.no_grad():
+        z = ours(image_tokens(images, size['patch']))
+        assert_close(model.forward_features(pixels(images)), z, atol=1e-5, rtol=1e-5)
+        assert_close(model(pixels(images)), z.mean(1), atol=1e-5, rtol=1e-5)
+        late = timm.models.vision_transformer.VisionTransformer(**args | dict(fc_norm=True, num_classes=0)).eval()
+        late.load_state_dict({k.replace('norm.', 'fc_norm.') if k.startswith('norm.') else k:v for k, v in model.state_dict().items()})
+        assert (late(pixels(images)) - z.mean(1)).abs().max() > 1e-3 # the norm behind the pooling is another feature
+    timm.models.save_for_hf(model, tmp_path/'theirs', model_args=args, safe_serialization=True)
+    save_file(late.state_dict(), tmp_path/'late.safetensors')
+    for found in (read_any(tmp_path/'theirs'), read_any(tmp_path/'late.safetensors', size['heads'])):
+        assert found.sizes.heads == size['heads'] and torch.equal(found.parts['teacher']['norm.weight'], ours.norm.weight)
+
+
+
+def test_timm_reads_the_official_file(timm, tmp_path):
+    "As it reads the authors': the context encoder."
+    our_run(SIZES[0], tmp_path/'run')
+    convert(tmp_path/'run', tmp_path/'x.pth.tar')
+    model = timm.models.vision_transformer.VisionTransformer(img_size=224, patch_size=16, embed_dim=48, depth=3, num_heads=3, class_token=False, global_pool='avg', fc_norm=False, num_classes=0).eval()
+    timm.models.load_checkpoint(model, str(tmp_path/'x.pth.tar'), filter_fn=timm.models.vision_transformer.checkpoint_filter_fn)
+    images = pictures(224)
+    with torch.no_grad(): assert_close(model.forward_features(pixels(images)), open_run(tmp_path/'run')[0].encoder(image_tokens(images, 16)), atol=1e-5, rtol=1e-5)
+
+
+def jepa_nb(*words): return subprocess.run([sys.executable, '-m', 'jepa_nb.cli', *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | dict(OMP_NUM_THREADS='1'))
+
+
+def test_a_converted_checkpoint_is_evaluated_and_drawn(tmp_path):
+    "Official file -> run by the verb; then probe, features, depth and a figure that asks for an encoder, and a figure that asks for a predictor."
+    run = our_run(SIZES[3], tmp_path/'run')
+    assert jepa_nb('convert', run, tmp_path/'x.pth.tar').returncode == 0
+    r = jepa_nb('convert', tmp_path/'x.pth.tar', tmp_path/'whole')
+    assert r.returncode == 0 and '4 heads' in r.stdout and 'parameters' in r.stdout and r.stdout.count('sha256') == 2, r.stdout+r.stderr
+    assert jepa_nb('convert', tmp_path/'x.pth.tar', tmp_path/'hf', '--to', 'hf', '--part', 'target_encoder').returncode == 0
+    assert jepa_nb('convert', tmp_path/'hf', tmp_path/'alone').returncode == 0
+    few = dict(side=96, protocol='ood_step', epochs=1, train_images=8, test_images=8, progress=False)
+    train_on, test_on = (open_source('scenes', images=8, side=96, split=s) for s in ('train', 'test'))
+    a, b, c = (evaluate(tmp_path/n, train_on, test_on, **few) for n in ('run', 'whole', 'alone'))
+    assert a['acc'] == b['acc'] == c['acc'] and c['images_seen'] is None
+    assert torch.equal(encode(tmp_path/'run', [pictures(96)[0]])[0], encode(tmp_path/'alone', [pictures(96)[0]])[0])
+    small = ship(tmp_path/'alone', tmp_path/'small', parts=('teacher',))
+    assert encode(small, [pictures(96)[0]])[0].isfinite().all()
+    drawn = jepa_nb('figure', 'fn_features_pca', '-p', 'ln', f'[{tmp_path}/alone]', '-p', 'dyntanh', f'[{tmp_path}/whole]', '-p', 'images', 1, '-p', 'data', 'scenes', '--out', tmp_path/'pca')
+    assert drawn.returncode == 0 and (tmp_path/'pca.png').is_file(), drawn.stderr
+    lacks = jepa_nb('figure', 'fn_fig2_loss_maps', '-p', 'ln', f'[{tmp_path}/alone]', '-p', 'dyntanh', f'[{tmp_path}/alone]', '--out', tmp_path/'maps')
+    assert lacks.returncode == 1 and 'has no encoder and no predictor; it holds teacher' in lacks.stderr and len(lacks.stderr.splitlines()) == 1, lacks.stderr
+
+
+def test_a_conditioned_run_has_the_same_tensors(tmp_path):
+    "EC: out and back again it is told of positions as before, and without them it is what everyone else computes."
+    run, images = our_run(SIZES[3], tmp_path/'run', dict(kind='positions')), open_source('scenes', images=3, side=96)
+    said = []
+    convert(run, tmp_path/'x.pth.tar', say=said.append)
+    assert any('conditioning tokens' in line for line in said)
+    back = convert(tmp_path/'x.pth.tar', tmp_path/'back')
+    told, off = extract(run, images, 96, norm='behind'), extract(run, images, 96, norm='behind', condition='off')
+    assert torch.equal(extract(back, images, 96, norm='behind', condition=(4, 4)), told) and torch.equal(extract(back, images, 96, norm='behind'), off)
+    assert not torch.allclose(told[:, -1], off[:, -1], atol=1e-4)
+    our_run(SIZES[3], tmp_path/'marked', dict(kind='positions', mark='type'))
+    with pytest.raises(InteropError, match='condition.mark=type has weights of its own'): convert(tmp_path/'marked', tmp_path/'no', to='hf')
+
+
+def test_official_file_is_tensors_and_numbers(tmp_path):
+    "What we write is what the authors' code expects, and needs no unpickling of anything else."
+    run = our_run(SIZES[3], tmp_path/'run')
+    d = torch.load(convert(run, tmp_path/'x.pth.tar'), weights_only=True)
+    assert list(d) == ['encoder', 'target_encoder', 'predictor', 'heads']
+    keys = [k.removeprefix('module.') for k in d['predictor']]
+    assert all(k.startswith('module.') for part in list(d)[:3] for k in d[part]) and keys[:3] == ['predictor_pos_embed', 'mask_token', 'predictor_embed.weight']
+    assert d['encoder']['module.pos_embed'].shape == (1, 144, 32) and d['encoder']['module.patch_embed.proj.weight'].shape == (32, 3, 8, 8)
+    origin = json.loads((convert(tmp_path/'x.pth.tar', tmp_path/'back')/'origin.json').read_text())
+    assert origin['source'] == 'x.pth.tar' and origin['format'] == 'ijepa' and set(origin['parts']) == {'encoder', 'teacher', 'predictor'}
+    assert yaml.safe_load((tmp_path/'back/config.yaml').read_text())['masks']['kind'] == 'multiblock'
+    half = {k:{n:t.bfloat16() for n, t in v.items()} if isinstance(v, dict) else v for k, v in d.items()}
+    torch.save(half, tmp_path/'half.pth')
+    assert open_run(convert(tmp_path/'half.pth', tmp_path/'half'))[0].teacher.embed.weight.dtype == torch.float32
