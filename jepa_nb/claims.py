@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['UNTESTED', 'SHAPE', 'SKILL', 'LN', 'TANH', 'BEFORE', 'AFTER', 'AT_ONCE', 'METHODS', 'SIZE_OF', 'ACC', 'RMSE', 'PAIRS',
-           'CLAIMS', 'IJ', 'EC', 'SIZES', 'OOD', 'LOCAL', 'sizes', 'Untested', 'Tables', 'read_tables', 'number',
-           'is_cell', 'select', 'by_seed', 'Part', 'Found', 'measure', 'combine', 'Facts', 'seeds_of', 'row', 'facts',
-           'facts_of_runs', 'learned', 'seen', 'has_grid', 'same_images', 'Claim', 'Judgement', 'judge', 'accuracy',
-           'rmse', 'norms', 'less', 'at_end', 'spread_kept', 'on_objects', 'grid', 'grid_control', 'depth_gain',
-           'sees_depth', 'fastest', 'times', 'compiled', 'on_gpu', 'final', 'drop_at_last', 'gain_of_norm', 'jump',
-           'mid_epoch', 'published_rows', 'published', 'speed', 'ec_facts', 'methods', 'method_runs', 'check_method',
-           'most_against', 'on_set', 'on_sets', 'cost_of_range', 'same_updates', 'by_step', 'over_training',
-           'best_pooling', 'pooling_gain', 'more_flops', 'ahead', 'worse', 'told', 'runs_of', 'said', 'entry', 'ledger',
-           'figure_claim']
+           'CLAIMS', 'IJ', 'EC', 'SIZES', 'OOD', 'LOCAL', 'SET_NAMES', 'sizes', 'Untested', 'Tables', 'read_tables',
+           'number', 'is_cell', 'select', 'by_seed', 'Part', 'Found', 'measure', 'combine', 'Facts', 'seeds_of', 'row',
+           'facts', 'facts_of_runs', 'learned', 'seen', 'has_grid', 'same_images', 'Claim', 'Judgement', 'judge',
+           'accuracy', 'rmse', 'norms', 'less', 'at_end', 'spread_kept', 'on_objects', 'grid', 'grid_control',
+           'depth_gain', 'sees_depth', 'fastest', 'times', 'compiled', 'on_gpu', 'final', 'drop_at_last',
+           'gain_of_norm', 'jump', 'mid_epoch', 'published_rows', 'published', 'speed', 'ec_facts', 'methods',
+           'method_runs', 'check_method', 'most_against', 'on_set', 'on_sets', 'cost_of_range', 'same_updates',
+           'by_step', 'over_training', 'best_pooling', 'pooling_gain', 'more_flops', 'ahead', 'worse', 'told',
+           'runs_of', 'said', 'entry', 'ledger', 'figure_claim']
 
 # %% ../nbs/45_claims.ipynb #99ffe1fb
 import csv
@@ -612,6 +612,7 @@ def more_flops(column:str, model:str)->Callable: # by draw of masks
 
 # %% ../nbs/45_claims.ipynb #ec5d0114
 OOD, LOCAL = ('cifar10', 'cifar100', 'eurosat', 'food101', 'sun397'), ('clevr_count', 'clevr_dist') # columns of EC's Table 3
+SET_NAMES = dict(zip(OOD+LOCAL, ('CIFAR-10', 'CIFAR-100', 'EuroSAT', 'Food-101', 'SUN397', 'CLEVR/Count', 'CLEVR/Dist')))
 
 def ahead(P:dict, column:str, size:int)->float:
     "EC-IJEPA minus I-JEPA in a published table."
@@ -619,7 +620,7 @@ def ahead(P:dict, column:str, size:int)->float:
 
 def worse(P:dict, columns)->str:
     "Where EC-IJEPA is behind in the published table."
-    found = [f"{k} ({' and '.join(f'{d:.1f}'.replace('-', '−') for d in ds)} points)" for k in columns if (ds := [d for s in SIZES if (d := ahead(P, k, s)) < 0])]
+    found = [f"{SET_NAMES[k]} ({' and '.join(f'{d:.1f}'.replace('-', '−') for d in ds)} points)" for k in columns if (ds := [d for s in SIZES if (d := ahead(P, k, s)) < 0])]
     return ', '.join(found)
 
 sizes = lambda name, values: tuple(Part(f'{name}, size {s}', values(s)) for s in SIZES)
@@ -653,7 +654,7 @@ CLAIMS += [
         'ec_fig3_sample_efficiency', (learned, seen(SKILL)), every=True, facts=ec_facts('ec_fig3_sample_efficiency')),
     Claim(23, 'EC', 'conditioning costs about 3 % more operations in training',
         'resulting in approximately 3% increase in FLOPs for training', '§2', 3.,
-        tuple(Part(f'operations of an update, % more, {m}; below 3.5', more_flops('step_gflops', m), bound=3.5, sign=-1) for m in SIZE_OF), 'ec_table1_probe',
+        tuple(Part(f'operations of an update, % more, over draws of masks, {m}; below 3.5', more_flops('step_gflops', m), bound=3.5, sign=-1) for m in SIZE_OF), 'ec_table1_probe',
         beside=tuple(Part(f'forward passes alone, % more, {m}', more_flops('forward_gflops', m)) for m in SIZE_OF),
         against='Neither the size nor what is counted (forward passes, or an update with its gradients) is said.'),
     Claim(24, 'EC', 'pooling positions 4x4 at inference is best',
