@@ -513,12 +513,12 @@ def methods(stem:str, column:str, **where)->Callable:
 # %% ../nbs/45_claims.ipynb #ec5d0115
 def method_runs(
     ijepa=None, ec=None,             # run folders, one per seed; None: those of tier quick
-    ijepa_large=None, ec_large=None, # the same at size 2; None: those of tier quick, if there; []: none
+    ijepa_large=None, ec_large=None, # the same at size 2; None: none, or where no run is given those of tier quick, if there
 )->dict[tuple,list[Path]]:           # (method, size) -> run folders
     "The runs that EC's figures compare, each what it is called."
     found = {}
     for (method, size), given, name in zip([(m, s) for s in SIZES for m in (IJ, EC)], (ijepa, ec, ijepa_large, ec_large), ('ec_ijepa', 'ec_ec', 'ec_wide_ijepa', 'ec_wide_ec')):
-        if given == [] and size > 1: continue
+        if size > 1 and (given == [] or given is None and (ijepa, ec) != (None, None)): continue # no runs of another tier beside those given
         try: folders = find_runs(given, name)
         except RunError:
             if given is None and size > 1: continue
