@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['UNTESTED', 'SHAPE', 'SKILL', 'LN', 'TANH', 'BEFORE', 'AFTER', 'AT_ONCE', 'METHODS', 'SIZE_OF', 'ACC', 'RMSE', 'PAIRS',
-           'CLAIMS', 'IJ', 'EC', 'SIZES', 'OOD', 'LOCAL', 'sizes', 'Untested', 'Tables', 'read_tables', 'number',
-           'is_cell', 'select', 'by_seed', 'Part', 'Found', 'measure', 'combine', 'Facts', 'seeds_of', 'row', 'facts',
-           'facts_of_runs', 'learned', 'seen', 'has_grid', 'same_images', 'Claim', 'Judgement', 'judge', 'accuracy',
-           'rmse', 'norms', 'less', 'at_end', 'spread_kept', 'on_objects', 'grid', 'grid_control', 'depth_gain',
-           'sees_depth', 'fastest', 'times', 'compiled', 'on_gpu', 'final', 'drop_at_last', 'gain_of_norm', 'jump',
-           'mid_epoch', 'published_rows', 'published', 'speed', 'ec_facts', 'methods', 'method_runs', 'check_method',
-           'most_against', 'on_set', 'on_sets', 'cost_of_range', 'by_step', 'over_training', 'best_pooling',
-           'pooling_gain', 'more_flops', 'ahead', 'worse', 'told', 'runs_of', 'said', 'entry', 'ledger', 'figure_claim']
+           'CLAIMS', 'IJ', 'EC', 'SIZES', 'OOD', 'LOCAL', 'SET_NAMES', 'sizes', 'Untested', 'Tables', 'read_tables',
+           'number', 'is_cell', 'select', 'by_seed', 'Part', 'Found', 'measure', 'combine', 'Facts', 'seeds_of', 'row',
+           'facts', 'facts_of_runs', 'learned', 'seen', 'has_grid', 'same_images', 'Claim', 'Judgement', 'judge',
+           'accuracy', 'rmse', 'norms', 'less', 'at_end', 'spread_kept', 'on_objects', 'grid', 'grid_control',
+           'depth_gain', 'sees_depth', 'fastest', 'times', 'compiled', 'on_gpu', 'final', 'drop_at_last',
+           'gain_of_norm', 'jump', 'mid_epoch', 'published_rows', 'published', 'speed', 'ec_facts', 'methods',
+           'method_runs', 'check_method', 'most_against', 'on_set', 'on_sets', 'cost_of_range', 'same_updates',
+           'by_step', 'over_training', 'best_pooling', 'pooling_gain', 'more_flops', 'ahead', 'worse', 'told',
+           'runs_of', 'said', 'entry', 'ledger', 'figure_claim']
 
 # %% ../nbs/45_claims.ipynb #99ffe1fb
 import csv
@@ -512,12 +513,12 @@ def methods(stem:str, column:str, **where)->Callable:
 # %% ../nbs/45_claims.ipynb #ec5d0115
 def method_runs(
     ijepa=None, ec=None,             # run folders, one per seed; None: those of tier quick
-    ijepa_large=None, ec_large=None, # the same at size 2; None: those of tier quick, if there; []: none
+    ijepa_large=None, ec_large=None, # the same at size 2; None: none, or where no run is given those of tier quick, if there
 )->dict[tuple,list[Path]]:           # (method, size) -> run folders
     "The runs that EC's figures compare, each what it is called."
     found = {}
     for (method, size), given, name in zip([(m, s) for s in SIZES for m in (IJ, EC)], (ijepa, ec, ijepa_large, ec_large), ('ec_ijepa', 'ec_ec', 'ec_wide_ijepa', 'ec_wide_ec')):
-        if given == [] and size > 1: continue
+        if size > 1 and (given == [] or given is None and (ijepa, ec) != (None, None)): continue # no runs of another tier beside those given
         try: folders = find_runs(given, name)
         except RunError:
             if given is None and size > 1: continue
@@ -571,6 +572,11 @@ def cost_of_range(method:str)->Callable:
         return paired(*(by_seed(t, 'ec_fig2_context_scale', 'acc', method=method, low=f(lows)) for f in (max, min)))
     return values
 
+def same_updates(f, tables:Tables):
+    "Ranges are compared after as many updates."
+    steps = sorted({int(number(r['steps'])) for m in (IJ, EC) for r in select(tables, 'ec_fig2_context_scale', method=m)})
+    if len(steps) > 1: raise Untested(f'runs of {steps[0]:,} to {steps[-1]:,} updates: more is compared than the range')
+
 def by_step(t:Tables, size:int)->dict[int,dict]: # step -> {seed: points}
     "EC-IJEPA minus I-JEPA at every checkpoint that both keep, before the first update left out."
     steps = [{int(number(r['step'])) for r in select(t, 'ec_fig3_sample_efficiency', method=m, size=size)} for m in (EC, IJ)]
@@ -606,6 +612,7 @@ def more_flops(column:str, model:str)->Callable: # by draw of masks
 
 # %% ../nbs/45_claims.ipynb #ec5d0114
 OOD, LOCAL = ('cifar10', 'cifar100', 'eurosat', 'food101', 'sun397'), ('clevr_count', 'clevr_dist') # columns of EC's Table 3
+SET_NAMES = dict(zip(OOD+LOCAL, ('CIFAR-10', 'CIFAR-100', 'EuroSAT', 'Food-101', 'SUN397', 'CLEVR/Count', 'CLEVR/Dist')))
 
 def ahead(P:dict, column:str, size:int)->float:
     "EC-IJEPA minus I-JEPA in a published table."
@@ -613,7 +620,7 @@ def ahead(P:dict, column:str, size:int)->float:
 
 def worse(P:dict, columns)->str:
     "Where EC-IJEPA is behind in the published table."
-    found = [f"{k} ({' and '.join(f'{d:.1f}'.replace('-', '−') for d in ds)} points)" for k in columns if (ds := [d for s in SIZES if (d := ahead(P, k, s)) < 0])]
+    found = [f"{SET_NAMES[k]} ({' and '.join(f'{d:.1f}'.replace('-', '−') for d in ds)} points)" for k in columns if (ds := [d for s in SIZES if (d := ahead(P, k, s)) < 0])]
     return ', '.join(found)
 
 sizes = lambda name, values: tuple(Part(f'{name}, size {s}', values(s)) for s in SIZES)
@@ -639,7 +646,7 @@ CLAIMS += [
         'the quality of representations learned by the baseline IJEPA is very sensitive to this hyperparameter. In contrast, our variant EC-IJEPA is more robust to a wider range of context window sizes', '§3', None,
         (Part('points lost from the narrowest to the widest range, I-JEPA − EC-IJEPA', lambda t: paired(cost_of_range(IJ)(t), cost_of_range(EC)(t))),
          Part('points lost from the narrowest to the widest range, I-JEPA', cost_of_range(IJ))),
-        'ec_fig2_context_scale', (learned, seen(SKILL)), facts=ec_facts('ec_fig2_context_scale'), beside=(Part('points lost, EC-IJEPA', cost_of_range(EC)),),
+        'ec_fig2_context_scale', (learned, seen(SKILL), same_updates), facts=ec_facts('ec_fig2_context_scale'), beside=(Part('points lost, EC-IJEPA', cost_of_range(EC)),),
         against='Which ranges were compared, and the accuracies, stand only in a picture that could not be recovered.'),
     Claim(22, 'EC', 'conditioning learns from fewer samples',
         'our EC-IJEPA is more sample-efficient for representation learning as it obtains consistently higher classification accuracy throughout the pretraining cycle', '§3', None,
@@ -647,7 +654,7 @@ CLAIMS += [
         'ec_fig3_sample_efficiency', (learned, seen(SKILL)), every=True, facts=ec_facts('ec_fig3_sample_efficiency')),
     Claim(23, 'EC', 'conditioning costs about 3 % more operations in training',
         'resulting in approximately 3% increase in FLOPs for training', '§2', 3.,
-        tuple(Part(f'operations of an update, % more, {m}; below 3.5', more_flops('step_gflops', m), bound=3.5, sign=-1) for m in SIZE_OF), 'ec_table1_probe',
+        tuple(Part(f'operations of an update, % more, over draws of masks, {m}; below 3.5', more_flops('step_gflops', m), bound=3.5, sign=-1) for m in SIZE_OF), 'ec_table1_probe',
         beside=tuple(Part(f'forward passes alone, % more, {m}', more_flops('forward_gflops', m)) for m in SIZE_OF),
         against='Neither the size nor what is counted (forward passes, or an update with its gradients) is said.'),
     Claim(24, 'EC', 'pooling positions 4x4 at inference is best',
