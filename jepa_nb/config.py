@@ -231,7 +231,7 @@ class RunConfig:
     step_images:Count|None=None  # images in an update, all rows together, as FN's Table 1 counts them
     accumulate:Count=1        # batches per update
     device:str='auto'         # auto: cuda, then mps, then cpu
-    dtype:Literal['auto', 'float32', 'bfloat16']='auto' # auto: bfloat16 autocast on cuda, float32 elsewhere
+    dtype:Literal['auto', 'mixed', 'float32', 'bfloat16']='auto' # bfloat16: autocast; auto: that on cuda, float32 elsewhere; mixed: that on cuda and on CPUs that multiply in it
     matmul:Literal['highest', 'high', 'medium']='medium' # float32 products; medium is 2.2x on many CPUs, error logged
     compile:bool=False
     checkpointing:bool=False  # of activations: blocks are computed again on the way back, a third more work for a fraction of the memory

@@ -8,7 +8,7 @@ __all__ = ['EIGEN', 'METRICS', 'KEEP_BYTES', 'eigen_crop', 'square_truth', 'resi
            'shift_scale', 'normalise', 'trimmed', 'known_mean', 'gradients', 'depth_loss', 'plain_scale',
            'depth_errors', 'Pairs', 'Head', 'lr_factor', 'shuffled', 'fit_head', 'fit_metres', 'head_bytes',
            'open_head', 'mean_map', 'at_size', 'test_errors', 'paired_gain', 'evaluate_depth', 'read_depth',
-           'read_errors', 'head_of', 'depth_baselines', 'above_depth_baselines', 'depth_maps']
+           'read_errors', 'head_of', 'depth_baselines', 'head_gains', 'depth_maps']
 
 # %% ../nbs/42_depth.ipynb #d382e0b3
 import io
@@ -528,21 +528,17 @@ def depth_baselines(
     found = [r.parents[1]/'baselines'/f'{r.parent.name}-{r.name}-{name}.json' for r in map(at, runs)]
     return [read_depth(p) for p in dict.fromkeys(found) if p.is_file()]
 
-def above_depth_baselines(
-    *runs,             # lists of run folders
-    metric:str='rmse_oracle',
+def head_gains(
+    run,               # a run folder with a head
     name:str='depth',
-    baselines=None,    # results of random encoders; None: those beside the runs
-)->bool:
-    "Whether every run's head beats the constant and the same head on random weights of its seed, by an interval that excludes 0; False where that was not measured."
-    folders = [f for fs in runs for f in fs]
-    try:
-        untrained = {r['seed']:read_errors(r) for r in (depth_baselines(folders, name) if baselines is None else baselines)}
-        for r in (read_depth(f, name) for f in folders):
-            e = read_errors(r)
-            if paired_gain(e, e, metric, 'constant_')[1] <= 0 or paired_gain(e, untrained[r['seed']], metric)[1] <= 0: return False
-    except (RunError, KeyError): return False
-    return bool(folders)
+    metric:str='rmse_oracle',
+    baselines=None,    # results of random encoders; None: those beside the run
+)->dict[str,tuple]:    # 'constant' and 'random': mean over images and its bootstrap interval, above 0 where the run is better
+    "By how much a run's head beats the constant map, and the same head on random weights of its seed where that was measured."
+    r = read_depth(run, name)
+    e = read_errors(r)
+    others = [b for b in (depth_baselines([run], name) if baselines is None else baselines) if b['seed'] == r['seed']]
+    return dict(constant=paired_gain(e, e, metric, 'constant_')) | {'random':paired_gain(e, read_errors(b), metric) for b in others[:1]}
 
 # %% ../nbs/42_depth.ipynb #4b5ca35a
 @torch.no_grad()

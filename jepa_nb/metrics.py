@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'rankme', 'scatter', 'lidar', 'some_images', 'views_of', 'look', 'evaluating', 'embed', 'padded',
-           'blocks_of', 'whole_views', 'context_views', 'grouped', 'check_scores', 'batch_tokens', 'square_features',
-           'rank_scores', 'kendall', 'collapse']
+           'blocks_of', 'lidar_config', 'whole_views', 'context_views', 'grouped', 'check_scores', 'batch_tokens',
+           'square_features', 'rank_scores', 'kendall', 'collapse']
 
 # %% ../nbs/31_metrics.ipynb #6ec25a36
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -151,14 +152,18 @@ def blocks_of(targets)->tuple[Tensor,Tensor]: # [i t] patches, [i t] block
     return padded([torch.cat([torch.as_tensor(t) for t in ts]) for ts in targets]), padded([torch.arange(len(ts)).repeat_interleave(torch.tensor([len(t) for t in ts])) for ts in targets])
 
 # %% ../nbs/31_metrics.ipynb #fd2aafce
+def lidar_config(cfg:Config)->Config:
+    "LiDAR compares views. A recipe that shows every image whole and at one size has but one, so its images are cropped as I-JEPA's are."
+    return cfg if cfg.scale.kind == 'crop' or cfg.scale.min_side < cfg.scale.max_side else replace(cfg, scale=replace(cfg.scale, kind='crop'))
+
 def whole_views(
     jepa:JEPA,
     images:Iterable,  # (number, [H W 3] uint8)
     views:int, seed:int=0,
     tokens:int=16_384,# tokens in a forward pass, about
 )->Iterator[Tensor]:  # [m q d]
-    "The teacher's features of whole images at random sizes, or of crops where training has those; equal views are computed once."
-    for group in grouped(images, views, jepa.cfg, seed, tokens):
+    "The teacher's features of whole images at random sizes, or of crops where training has those or one size only; equal views are computed once."
+    for group in grouped(images, views, lidar_config(jepa.cfg), seed, tokens):
         once = [list(dict.fromkeys(shown for shown, _ in vs)) for _, vs in group]
         z = embed(jepa.teacher, [look(image, shown) for (image, _), different in zip(group, once) for shown in different])
         parts = z.split([len(different) for different in once])

@@ -33,7 +33,7 @@ from .conditioning import condition_of, in_mean, told_whole
 from .config import Config, SetConfig
 from .data import BadImage, DataError, open_source
 from .heads import PROTOCOLS, head_probe
-from .metrics import check_scores, rank_scores
+from .metrics import check_scores, lidar_config, rank_scores
 from .patches import Tokens, centre_crop, positions, resize
 from .sets import task_labels
 from .show import file_hash, root, short, weights_file, write_atomic
@@ -521,7 +521,7 @@ def rank_checkpoints(
         rows.append(dict(step=step, images=p['images_seen'], acc=p['acc_chosen'], low=p['acc_interval'][0], high=p['acc_interval'][1], depth=p['chosen_depth'],
                          knn=p['knn_chosen'], **scores, sha256=p['checkpoint_sha256']))
     result = dict(run=cfg.run.name, norm=cfg.encoder.norm_out, seed=cfg.run.seed, tier=tier, data=short(train.name), test=short(test.name), n_train=p['n_train'], n_test=p['n_test'],
-                  rank_images=min(rank_images, len(train)), lidar_images=lidar_images, lidar_views=lidar_views, dim=cfg.encoder.dim, checkpoints=rows, seconds=round(time.time()-start, 1))
+                  rank_images=min(rank_images, len(train)), lidar_images=lidar_images, lidar_views=lidar_views, views='crops' if lidar_config(cfg).scale.kind == 'crop' else 'sizes', dim=cfg.encoder.dim, checkpoints=rows, seconds=round(time.time()-start, 1))
     if out is not None: write_atomic(out, json.dumps(result, indent=1)+'\n')
     return result
 

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PARTS', 'FREE', 'lr_at', 'beta_at', 'decay_at', 'param_groups', 'make_optimizer', 'RunError', 'sha256', 'new_folder',
            'write_json', 'save_checkpoint', 'checkpoints', 'verify', 'newest', 'random_model', 'load_weights',
-           'open_run', 'ship', 'only_writer', 'Stop', 'Place', 'pick_device', 'place_of', 'matmul_error', 'arithmetic',
-           'seeded', 'to_device', 'Meter', 'cut_log', 'read_log', 'feature_signs', 'own_scores', 'same_config',
-           'data_print', 'forget_data', 'same_start', 'begin', 'update', 'Guard', 'train', 'finished', 'Book']
+           'open_run', 'ship', 'only_writer', 'Stop', 'Place', 'pick_device', 'place_of', 'matmul_error',
+           'multiplies_bfloat16', 'arithmetic', 'seeded', 'to_device', 'Meter', 'cut_log', 'read_log', 'feature_signs',
+           'own_scores', 'same_config', 'data_print', 'forget_data', 'same_start', 'begin', 'update', 'Guard', 'train',
+           'finished', 'Book']
 
 # %% ../nbs/32_train.ipynb #5665576a
 import fcntl
@@ -21,6 +22,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -374,11 +376,17 @@ def matmul_error(device='cpu', side:int=256)->float:
     exact = a.cpu().double()@b.cpu().double()
     return (((a@b).cpu().double()-exact).norm()/exact.norm()).item()
 
+def multiplies_bfloat16(device:torch.device)->bool:
+    "Whether the device has instructions for bfloat16 products. A CPU without them does them some seventy times slower than float32."
+    return device.type == 'cuda' or device.type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', bool)()
+
 def arithmetic(cfg:Config, device:torch.device)->dict:
     "Set threads and precision; say what was set, for the log."
     if cfg.run.threads: torch.set_num_threads(cfg.run.threads)
     torch.set_float32_matmul_precision(cfg.run.matmul)
-    low = cfg.run.dtype == 'bfloat16' or cfg.run.dtype == 'auto' and device.type == 'cuda'
+    has_low = multiplies_bfloat16(device)
+    low = dict(auto=device.type == 'cuda', mixed=has_low, float32=False, bfloat16=True)[cfg.run.dtype]
+    if low and not has_low and device.type == 'cpu': warnings.warn("this CPU does bfloat16 products in software, many times slower than float32; run.dtype=mixed chooses by what the CPU has")
     return dict(device=device.type, dtype='bfloat16' if low else 'float32', threads=torch.get_num_threads(), matmul=cfg.run.matmul,
                 matmul_error=matmul_error(device), torch=torch.__version__, python=platform.python_version())
 
