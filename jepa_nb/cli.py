@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['JOBS', 'TIER_KEYS', 'POOLING_OPTIONS', 'DEPTH_OPTIONS', 'REFUSALS', 'PUBLIC', 'CliError', 'is_ours', 'known',
            'die_with_parent', 'join_graph', 'figure_parameters', 'in_clone', 'figure_notebook', 'words_of',
-           'check_resumes', 'check_pooling', 'read_sets', 'read_tier', 'Verbs', 'cli', 'seed_folder', 'train',
-           'move_aside', 'numbers', 'pooling', 'pooling_name', 'read_sets_file', 'eval_', 'tell_probe', 'depth_',
-           'ranks', 'figure', 'run_notebook', 'data', 'shards', 'tell_shards', 'cifar10', 'scenes', 'ship', 'convert',
-           'public', 'digits', 'only_start', 'wait_for_orphans', 'spent', 'reproduce', 'graph_environment', 'run_child',
-           'main']
+           'check_resumes', 'check_pooling', 'read_sets', 'options_of', 'check_entry', 'read_tier', 'Verbs', 'cli',
+           'seed_folder', 'train', 'move_aside', 'numbers', 'pooling', 'pooling_name', 'read_sets_file', 'eval_',
+           'tell_probe', 'depth_', 'ranks', 'figure', 'yaml_value', 'run_notebook', 'data', 'shards', 'tell_shards',
+           'cifar10', 'scenes', 'ship', 'convert', 'public', 'digits', 'only_start', 'wait_for_orphans', 'spent',
+           'reproduce', 'graph_environment', 'run_child', 'main']
 
 # %% ../nbs/51_cli.ipynb #a30213ce
 import ast
@@ -36,7 +36,7 @@ class CliError(ValueError):
 
 def is_ours(e:BaseException)->bool:
     "Whether an error is a refusal of this library, which needs no traceback."
-    return type(e).__module__.startswith('jepa_nb.') or isinstance(e, (CliError, FileNotFoundError, PermissionError))
+    return type(e).__module__.startswith('jepa_nb.') or isinstance(e, (CliError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError))
 
 def known(
     kind:str,   # what the name is a name of
@@ -142,6 +142,21 @@ def read_sets(
     sets = {k:make_set(k, v, where) for k, v in ood.items() if k != 'runs'}
     return {known('data set', k, sets):sets[k] for k in only} or sets
 
+def options_of(*verb:str)->list[str]:
+    "What a verb of the command line can be told, as a tier's file writes it."
+    command = cli
+    for v in verb: command = command.commands[v]
+    return [o[2:].replace('-', '_') for p in command.params for o in p.opts if o.startswith('--')]
+
+def check_entry(
+    name:str,
+    entry,       # what stands there
+    *verb:str,   # the verb of the command line that takes it
+):
+    "Refuse what is no mapping, or names what the verb does not know."
+    if not isinstance(entry, dict): raise CliError(f"{name}: should be a mapping such as {{name: value}}, not {entry!r}")
+    for k in entry if verb else (): known(f'option of {name}', k, options_of(*verb))
+
 def read_tier(
     path:str|Path,  # params/<tier>.yaml
 )->dict:            # the same, checked
@@ -158,9 +173,17 @@ def read_tier(
         for k, v in tier.items():
             known('entry of a tier', k, TIER_KEYS)
             if not isinstance(v, TIER_KEYS[k]): raise CliError(f"{k}: should be a {TIER_KEYS[k].__name__}, not {v!r}")
+        for verb in ('eval', 'ranks'): check_entry(verb, tier.get(verb, {}), verb)
+        for split in ('train', 'test'):
+            check_entry(f'data.{split}', d := tier['data'].get(split))
+            known(f'kind of data.{split}', d.get('kind'), ('scenes', 'shards', 'folder'))
+            for k in d: known(f'entry of data.{split}', k, ('kind', *(options_of('data', 'scenes') if d['kind'] == 'scenes' else ['path'])))
         for name, run in tier['runs'].items():
             if not isinstance(run, dict) or 'recipe' not in run: raise CliError(f"run {name}: needs a recipe, e.g. {{recipe: params/train/fn_tiny_dyntanh.yaml}}")
-            for k in run: known(f'entry of run {name}', k, ('recipe', 'seeds', 'settings', 'probe', 'baseline', 'resumes', 'ship'))
+            for k in run: known(f'entry of run {name}', k, ('recipe', 'seeds', 'settings', 'eval', 'probe', 'baseline', 'resumes', 'ship'))
+            check_entry(f'run {name}: settings', run.get('settings', {}))
+            check_entry(f'run {name}: eval', run.get('eval', {}), 'eval')
+            if not isinstance(seeds := run.get('seeds', [0]), list) or not seeds or not all(type(k) is int and k >= 0 for k in seeds): raise CliError(f"run {name}: seeds should be a list of whole numbers, e.g. [0, 1], not {seeds!r}")
             load_config(run['recipe'], words_of(tier.get('settings', {}) | run.get('settings', {})))
         for name, head in tier.get('depth', {}).items():
             if name == 'runs':
@@ -175,6 +198,7 @@ def read_tier(
             if not isinstance(fig, dict): raise CliError(f"figure {stem}: should be a mapping of runs and params, not {fig!r}")
             for k in fig: known(f'entry of figure {stem}', k, ('runs', 'data', 'params'))
             names = figure_parameters(figure_notebook(stem))
+            for part in ('runs', 'params'): check_entry(f'figure {stem}: {part}', fig.get(part, {}))
             for k in (*fig.get('runs', {}), *fig.get('params', {})): known(f'parameter of {stem}', k, names)
             for given in fig.get('runs', {}).values():
                 for r in given if isinstance(given, list) else [given]: known('run', r, tier['runs'])
@@ -265,7 +289,7 @@ def read_sets_file(path:str, only=())->dict:
 @click.option('--train', 'train_data', metavar='DATA', help="Labelled images for the probe: 'folder/train-*.tar', a folder, or scenes; default the run's own.")
 @click.option('--test', 'test_data', metavar='DATA', help="Labelled images that it is tested on; default the test half of the run's own.")
 @click.option('--out', metavar='FILE', help='Default: eval/probe.json in the run folder.')
-@click.option('--side', type=int, help='Pixels; default the largest side of training.')
+@click.option('--side', type=click.IntRange(1), help='Pixels; default the largest side of training.')
 @click.option('--protocol', type=click.Choice(['lbfgs', 'adam', 'in1k', 'ood_step', 'ood_cosine']), default='lbfgs', show_default=True,
               help="Of the probe: to convergence; FN's; EC's for ImageNet, and for other sets (CIFAR and its like; CLEVR).")
 @click.option('--epochs', type=click.IntRange(1), help="Default: the protocol's; a schedule shrinks with them.")
@@ -388,11 +412,16 @@ def figure(stem, given, out, log):
     "Draw one figure: run nbs/figures/STEM.ipynb with these parameters."
     notebook = figure_notebook(stem)
     names = figure_parameters(notebook)
-    values = {known(f'parameter of {stem}', k, names):yaml.safe_load(v) for k, v in given}
+    values = {known(f'parameter of {stem}', k, names):yaml_value(k, v) for k, v in given}
     out = out or f'figures/own/{stem}'
     if 'out' in names: values['out'] = out
     run_notebook(notebook, values, Path(log or f'{out}.ipynb'))
     click.echo(f'{out}.png')
+
+def yaml_value(name:str, text:str):
+    "A parameter's value."
+    try: return yaml.safe_load(text)
+    except yaml.YAMLError as e: raise CliError(f"{name}: {text!r} is not YAML: {' '.join(str(e).split())}") from None
 
 def run_notebook(notebook:Path, values:dict, log:Path):
     "Execute a notebook through papermill; a failing cell becomes one line."
@@ -446,8 +475,8 @@ def cifar10(out, archive):
 
 @data.command()
 @click.argument('out')
-@click.option('--images', type=int, default=4000, show_default=True)
-@click.option('--side', type=int, default=64, show_default=True, help='Longest side, pixels.')
+@click.option('--images', type=click.IntRange(1), default=4000, show_default=True)
+@click.option('--side', type=click.IntRange(8), default=64, show_default=True, help='Longest side, pixels.')
 @click.option('--seed', type=int, default=0, show_default=True, help='Which world.')
 @click.option('--style', default='train', show_default=True)
 @click.option('--split', 'name', type=click.Choice(['train', 'test']), default='train', show_default=True)
@@ -487,10 +516,10 @@ def public(name:str, archives:str):
     @click.option('--from', 'source', required=True, metavar='DIR', help='A folder with the archive, the archive itself, or a folder it was unpacked to.')
     @click.option('--max-side', type=click.IntRange(1), default=512, show_default=True, help='Longer sides are shrunk to this, aspect kept.')
     @click.option('--quality', type=click.IntRange(1, 100), default=90, show_default=True, help='Of JPEGs that have to be written anew.')
-    @click.option('--md5', multiple=True, metavar='SUM', help='Checksum that the archive must have; several archives: several times. None is looked at by default: we know of none that we could cite.')
-    def make(out, source, **kw):
+    @click.option('--md5', multiple=True, metavar='SUM', help='Checksum that the archive must have; several archives: several times. Default: the published one, of an archive with the whole set; any: none.')
+    def make(out, source, md5, **kw):
         from jepa_nb.sets import shards_from_public
-        for split, made in shards_from_public(name, out, source, **kw).items(): tell_shards(out, made, f'{split} ')
+        for split, made in shards_from_public(name, out, source, md5=() if 'any' in md5 else md5 or None, **kw).items(): tell_shards(out, made, f'{split} ')
 
 for name, archives in PUBLIC.items(): public(name, archives)
 
@@ -585,6 +614,7 @@ def main(
     words=None, # a command line; None takes this process's
 ):
     "The command `jepa_nb`."
+    os.environ.setdefault('DATA', 'data') # what paths in recipes begin with
     try: code = cli.main(words, prog_name='jepa_nb', standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as e: code = click.echo(e.format_message()) or 2
     except click.ClickException as e: code = click.echo(f'jepa_nb: {e.format_message()}', err=True) or 2

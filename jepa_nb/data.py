@@ -7,9 +7,9 @@ __all__ = ['NOT_FRAMES', 'MAX_PIXELS', 'UNREADABLE', 'PLAIN', 'IMAGES', 'PARTS',
            'ENDINGS', 'TEST_FROM', 'EXAMPLE', 'CIFAR10_URL', 'CIFAR10_MD5', 'CIFAR10_CLASSES', 'DataError', 'BadImage',
            'image_size', 'decode', 'sample_members', 'write_shard', 'write_shards', 'tar_members', 'index_tar',
            'cache_folder', 'plain_tar', 'shard_index', 'Memory', 'Source', 'ShardSource', 'sample_facts',
-           'sample_extras', 'list_folder', 'index_files', 'FolderSource', 'SceneSource', 'is_remote', 'open_source',
-           'shard_order', 'Raw', 'read_shard', 'Stream', 'open_data', 'make_shards', 'shrink', 'shards_from_folder',
-           'shards_from_scenes', 'file_md5', 'download', 'cifar10_images', 'shards_from_cifar10']
+           'sample_extras', 'list_folder', 'index_files', 'FolderSource', 'SceneSource', 'is_remote', 'expanded',
+           'open_source', 'shard_order', 'Raw', 'read_shard', 'Stream', 'open_data', 'make_shards', 'shrink',
+           'shards_from_folder', 'shards_from_scenes', 'file_md5', 'download', 'cifar10_images', 'shards_from_cifar10']
 
 # %% ../nbs/11_data.ipynb #8e539d7b
 import gzip
@@ -646,6 +646,12 @@ def _check_path(kind, path):
         raise DataError(f"{path}: only http:// and https:// can be streamed")
 
 # %% ../nbs/11_data.ipynb #6b72edc8
+def expanded(path:str)->str:
+    "A path with the variables of the environment in it: `$DATA/x` is the same recipe on every machine."
+    out = os.path.expandvars(path)
+    if unset := re.search(r'\$\{?(\w+)', out): raise DataError(f"{path}: {unset[1]} is not set in the environment; {unset[1]}=data would be the folder that make takes")
+    return out
+
 def open_source(
     kind:str,              # 'shards', 'folder', 'scenes'
     path:str|None=None,    # shards: glob or brace pattern, or their folder; folder: its path
@@ -658,7 +664,7 @@ def open_source(
 )->Source:
     "Open local data for random access."
     if kind == 'scenes': return SceneSource(images, side, seed, split, style, cache)
-    name, path = str(path), path and os.path.expandvars(path) # $DATA/x is the same recipe on every machine
+    name, path = str(path), path and expanded(path)
     _check_path(kind, path)
     if is_remote(path): raise DataError(f"{path}: can only be streamed; download the shards to use them here")
     if kind == 'shards': return ShardSource(_files(path, split), name, cache)

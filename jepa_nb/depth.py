@@ -33,7 +33,7 @@ from .data import BadImage, DataError
 from .patches import centre_crop
 from .probes import at, bootstrap, extract, image_tokens, images_seen, open_encoder, read_image, refuse_shared, square, tell_skipped
 from .show import file_hash, short, weights_file, write_atomic
-from .train import RunError, open_run, random_model
+from .train import RunError, open_run, random_model, whole_checkpoint
 
 # %% ../nbs/42_depth.ipynb #767c049e
 EIGEN = (45, 471, 41, 601) # rows and columns of a 480 x 640 image: first, and first beyond
@@ -466,7 +466,8 @@ def evaluate_depth(
     "Train a depth head on a run's frozen features, test it, and write what came out."
     start, device = time.time(), 'cuda' if torch.cuda.is_available() else 'cpu'
     is_random = isinstance(run, Config)
-    model, recipe = (random_model(run), run) if is_random else open_run(run, parts=('teacher',))
+    found = None if is_random else whole_checkpoint(run) # a run may have a newer one that is damaged
+    model, recipe = (random_model(run), run) if is_random else open_run(found, parts=('teacher',))
     encoder, e, seed = open_encoder(model).to(device), recipe.encoder, recipe.run.seed if seed is None else seed
     side, layers = cfg.side or recipe.scale.max_side*e.patch, layers_of(cfg, e.depth)
     refuse_shared(train, test)
@@ -486,8 +487,8 @@ def evaluate_depth(
         kind='depth', data=short(test.name), train_data=short(train.name), **means(), intervals={k:list(bootstrap(errors[k])) for k in METRICS}, constant=means('constant_'),
         gain_over_constant={k:list(paired_gain(errors, errors, k, 'constant_')) for k in METRICS}, n_train=len(pairs[0]), n_test=len(errors['index']),
         n_broken=len(pairs[1])-len(errors['index']), side=side, layers=layers, parameters=sum(p.numel() for p in head.parameters()), loss=float(np.mean(losses[-50:])), settings=asdict(cfg),
-        images_seen=0 if is_random else images_seen(run), checkpoint=short(run) if isinstance(run, (str, Path)) else None,
-        checkpoint_sha256=None if is_random else file_hash(weights_file(run)), seconds=round(time.time()-start, 1))
+        images_seen=0 if is_random else images_seen(found), checkpoint=short(run) if isinstance(run, (str, Path)) else None,
+        checkpoint_sha256=None if is_random else file_hash(weights_file(found)), seconds=round(time.time()-start, 1))
     if out is not None:
         out, arrays = Path(out), io.BytesIO()
         np.savez_compressed(arrays, **errors)

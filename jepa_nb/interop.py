@@ -355,7 +355,7 @@ def check_counterpart(
 
 def sizes_of(cfg, patch:int, grid:int)->Sizes:
     "What is known of a network of this library."
-    return Sizes(patch, cfg.dim, cfg.depth, cfg.heads, int(cfg.dim*cfg.mlp_ratio), grid, cfg.norm_eps, cfg.gelu)
+    return Sizes(patch, cfg.dim, cfg.depth, cfg.heads, round(cfg.dim*cfg.mlp_ratio), grid, cfg.norm_eps, cfg.gelu)
 
 def take_imagenet(plain:dict[str,Tensor])->dict[str,Tensor]:
     "An encoder of [-1, 1] as one of pixels with ImageNet's mean and deviation: the same features."

@@ -146,7 +146,7 @@ def mlp(
     capacity_padding:bool=False,
 )->nn.Module:          # (x [n d], layout, x before the norm) -> (y [n d], loss or None)
     "The MLP of a block, by name."
-    hidden = int(dim*ratio)
+    hidden = round(dim*ratio) # not int: 1436/1408 of 1408 is 1435.999... in floating point
     if kind == 'plain': return MLP(dim, hidden, gelu)
     if kind == 'diffmoe': return DiffMoE(dim, hidden, experts, gelu, expert_init, capacity_padding)
     if kind == 'expert_choice': return ExpertChoice(dim, hidden, experts, gelu, expert_init, capacity_padding)

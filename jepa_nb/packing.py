@@ -250,7 +250,7 @@ class Planner:
         check_slots(cfg)
         if not len(sizes): raise DataError("no images to pack")
         self.sizes, self.cfg, self.seed, self.draws = np.asarray(sizes), cfg, seed, draws
-        state = state or dict(next_draw=0, pool=[], lost=0, images=len(sizes))
+        state = state or dict(next_draw=0, pool=[], images=len(sizes))
         if state['images'] != len(sizes):
             raise DataError(f"cannot go on with {len(sizes)} images: the run began with {state['images']}; give it the same data")
         self.next_draw = state['next_draw']
@@ -270,7 +270,7 @@ class Planner:
 
     def state(self)->dict:
         "What a planner needs to go on from here; fit for JSON."
-        return dict(next_draw=self.next_draw, pool=[i.draw for i in self.pool.waiting], lost=0, images=len(self.sizes))
+        return dict(next_draw=self.next_draw, pool=[i.draw for i in self.pool.waiting], images=len(self.sizes))
 
     def __iter__(self): return self
     def __next__(self)->Plan:
@@ -423,7 +423,7 @@ def pack_arrivals(
     state:dict|None=None, # `Batch.state` to go on from; `images` begins at its beginning again
 )->Iterator[Batch]:       # `index` counts the images of the sequence
     "Pack images in the order in which they come."
-    state, held = state or dict(next_draw=0, pool=[], lost=0), {}
+    state, held = state or dict(next_draw=0, pool=[]), {}
     def item(draw, image):
         held[draw] = image
         u, v = uniforms(seed, PLAN, draw, 3).tolist()[1:]
@@ -433,7 +433,7 @@ def pack_arrivals(
     next_draw = state['next_draw']
     while plan := pool.rows(rows):
         next_draw = max([next_draw, *(d+1 for d in held)])
-        state = dict(next_draw=next_draw, pool=[i.draw for i in pool.waiting], lost=0)
+        state = dict(next_draw=next_draw, pool=[i.draw for i in pool.waiting])
         yield assemble(plan, lambda i: pixels(held.pop(i.draw)), lambda i: planned_split(i, seed, cfg), cfg, state, seed=seed)
 
 # %% ../nbs/14_packing.ipynb #55f8ac28

@@ -31,13 +31,13 @@ from tqdm import tqdm
 
 from .conditioning import condition_of, in_mean, told_whole
 from .config import Config, SetConfig
-from .data import BadImage, DataError, open_source
+from .data import BadImage, DataError, expanded, open_source
 from .heads import PROTOCOLS, head_probe
 from .metrics import check_scores, lidar_config, rank_scores
 from .patches import Tokens, centre_crop, positions, resize
 from .sets import task_labels
 from .show import file_hash, root, short, weights_file, write_atomic
-from .train import RunError, checkpoints, open_run, random_model
+from .train import RunError, checkpoints, open_run, random_model, whole_checkpoint
 
 # %% ../nbs/40_probes.ipynb #2add255a
 def square(
@@ -412,7 +412,8 @@ def evaluate(
     layers, show, augment = probe_choices('adamw' if released else protocol, layers, show, augment)
     kind = 'raw pixels' if run == 'pixels' else 'random init' if isinstance(run, Config) else 'teacher'
     if kind != 'raw pixels':
-        model, cfg = (random_model(run), run) if kind == 'random init' else open_run(run, parts=('teacher',))
+        found = whole_checkpoint(run) if kind == 'teacher' else None # a run may have a newer one that is damaged
+        model, cfg = open_run(found, parts=('teacher',)) if found else (random_model(run), run)
         model, side = model.to(device), side or cfg.scale.max_side*cfg.encoder.patch
         name, seed = name or cfg.run.name, cfg.run.seed if seed is None else seed
     told = None if kind == 'raw pixels' else condition_of(open_encoder(model), condition)
@@ -443,7 +444,7 @@ def evaluate(
         norm=None if kind == 'raw pixels' else cfg.encoder.norm_out, seed=seed or 0,
         tier=tier, set=set_name, data=short(test_on[0].name), target=target, cuts=(cuts if isinstance(cuts, str) else list(cuts)) if target == 'dist' else None, hold_out=hold_out,
         kind='linear', released=released, protocol=protocol, layers=layers, show=show, augment=augment, views=len(seen), side=side or 32, condition=list(told) if told else 'off',
-        epochs=None if protocol == 'lbfgs' else probe.get('epochs', epochs or 50), images_seen=images_seen(run) if is_run else 0,
+        epochs=None if protocol == 'lbfgs' else probe.get('epochs', epochs or 50), images_seen=images_seen(found) if is_run else 0,
         depths=depths, acc=probe['acc'].tolist(), val_acc=probe['val_acc'].tolist(), acc_normed=normed,
         chosen_depth=depths[chosen], acc_chosen=probe['acc_at_val_choice'], acc_interval=[low, high],
         best_depth_on_test=depths[probe['best_depth_test']], acc_best_on_test=probe['acc_at_test_choice'],
@@ -451,7 +452,7 @@ def evaluate(
         knn=neighbours.mean(1).tolist(), knn_chosen=float(neighbours[chosen].mean()), classes=int(train_y.max())+1,
         n_train=len(train_y), n_test=len(test_y), n_broken=len(fit_to[1])+len(test_on[1])-len(train_y)-len(test_y),
         checkpoint=short(run) if is_run and isinstance(run, (str, Path)) else None,
-        checkpoint_sha256=file_hash(weights_file(run)) if is_run else None, seconds=round(time.time()-start, 1))
+        checkpoint_sha256=file_hash(weights_file(found)) if is_run else None, seconds=round(time.time()-start, 1))
     if out is not None:
         answers = io.BytesIO()
         np.savez_compressed(answers, correct=probe['correct'], knn_correct=neighbours, labels=test_y.cpu().numpy(), index=test_ids.cpu().numpy())
@@ -596,11 +597,11 @@ def figure_source(
     if data is None:
         path = cfg.data.path
         if cfg.data.kind == 'scenes' or not path: return open_source('scenes', images=1000, side=cfg.data.side, seed=cfg.data.seed, split=split)
-        folder, name = os.path.split(os.path.expandvars(path))
+        folder, name = os.path.split(expanded(path))
         return open_source(cfg.data.kind, str(at(Path(folder)/name.replace('train', split))) if cfg.data.kind == 'shards' else path, split=split)
     if isinstance(data, dict): return open_source(**{'split':split} | data)
     if data == 'scenes': return open_source('scenes', images=1000, split=split)
-    path = at(os.path.expandvars(data))
+    path = at(expanded(data))
     shards = not path.is_dir() or any(path.glob(f'{split}-*.tar*'))
     return open_source('shards' if shards else 'folder', str(path), split=split)
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PARTS', 'FREE', 'lr_at', 'beta_at', 'decay_at', 'param_groups', 'make_optimizer', 'RunError', 'sha256', 'new_folder',
            'write_json', 'save_checkpoint', 'checkpoints', 'verify', 'newest', 'random_model', 'load_weights',
-           'open_run', 'ship', 'only_writer', 'Stop', 'Place', 'pick_device', 'place_of', 'matmul_error',
-           'multiplies_bfloat16', 'arithmetic', 'seeded', 'to_device', 'Meter', 'cut_log', 'read_log', 'feature_signs',
-           'own_scores', 'same_config', 'data_print', 'forget_data', 'same_start', 'begin', 'update', 'Guard', 'train',
-           'finished', 'Book']
+           'whole_checkpoint', 'open_run', 'ship', 'only_writer', 'Stop', 'Place', 'whole_place', 'own_place',
+           'pick_device', 'place_of', 'matmul_error', 'multiplies_bfloat16', 'arithmetic', 'seeded', 'to_device',
+           'Meter', 'cut_log', 'read_log', 'feature_signs', 'own_scores', 'same_config', 'data_print', 'forget_data',
+           'same_start', 'begin', 'update', 'Guard', 'train', 'finished', 'Book']
 
 # %% ../nbs/32_train.ipynb #5665576a
 import fcntl
@@ -236,8 +236,9 @@ def load_weights(jepa:JEPA, file:Path, parts=PARTS):
     jepa.load_state_dict(tensors)
 
 # %% ../nbs/32_train.ipynb #b9fc34f1
-def _whole(path:Path, step:int|None)->Path:
+def whole_checkpoint(path:str|Path, step:int|None=None)->Path:
     "The folder with the model that `path` means: itself, or one of its checkpoints; checksums verified."
+    path = Path(path)
     if (path/'state.json').is_file(): verify(path); return path
     if (path/'SHA256SUMS').is_file():
         for line in (path/'SHA256SUMS').read_text().splitlines():
@@ -260,7 +261,7 @@ def open_run(
     parts=PARTS,        # what to load; the rest becomes None, which cannot be used by mistake
 )->tuple[JEPA,Config]:  # on the CPU, in evaluation mode
     "Open a trained model with the config it was trained with."
-    folder = _whole(Path(path), step)
+    folder = whole_checkpoint(path, step)
     try: cfg = load_config(folder/'config.yaml')
     except ConfigError as e: raise RunError(str(e)) from None
     jepa = random_model(cfg)
@@ -281,7 +282,7 @@ def ship(
     with new_folder(out) as tmp:
         save_file(_cpu(small), tmp/'model.safetensors')
         save_config(cfg, tmp/'config.yaml')
-        state = _whole(Path(run), step)/'state.json'
+        state = whole_checkpoint(run, step)/'state.json'
         if state.is_file(): write_json(tmp/'trained.json', {k:v for k, v in json.loads(state.read_text()).items() if k in ('step', 'images')})
         (tmp/'SHA256SUMS').write_text(''.join(f'{sha256(tmp/n)}  {n}\n' for n in ('config.yaml', 'model.safetensors', 'trained.json') if (tmp/n).is_file()))
         if (Path(run)/'eval').is_dir(): shutil.copytree(Path(run)/'eval', tmp/'eval') # what is known about it travels along
@@ -345,6 +346,22 @@ class Place(NamedTuple):
         said = [answer]
         if self.world > 1: dist.broadcast_object_list(said, device=self.device if self.device.type == 'cuda' else None)
         return said[0]
+    def every(self, answer)->list:
+        "The answers of all processes, in order."
+        said = [answer]*self.world
+        if self.world > 1: dist.all_gather_object(said, answer)
+        return said
+
+def whole_place(state:dict, place:Place)->dict:
+    "Where all processes are in the data: one plan for all of local data, one for each process of a stream."
+    return dict(ranks=place.every(state)) if 'turn' in state and place.world > 1 else state
+
+def own_place(state:dict|None, place:Place)->dict|None:
+    "Where this process is in the data, of what `whole_place` kept."
+    if not state or not {'ranks', 'turn'} & set(state): return state
+    ranks = state.get('ranks', [state])
+    if len(ranks) != place.world: raise RunError(f"this run reads its stream with {len(ranks)} process{'es' if len(ranks) > 1 else ''}, not {place.world}; go on with as many")
+    return ranks[place.rank]
 
 def pick_device(name:str='auto')->torch.device:
     "cuda, then mps, then cpu."
@@ -579,7 +596,7 @@ def train(
         source = open_data(cfg.data)
         if cfg.run.rank_every: check_scores(source, cfg.run.lidar_images, cfg.run.lidar_views)
         jepa, opt, state = begin(cfg, run, place, data_print(source), start)
-        batches = loader(source, cfg, rank=place.rank, world=place.world, state=state['planner'], workers=cfg.data.workers)
+        batches = loader(source, cfg, rank=place.rank, world=place.world, state=own_place(state['planner'], place), workers=cfg.data.workers)
         amp = torch.autocast(device.type, torch.bfloat16, enabled=facts['dtype'] == 'bfloat16')
         model = torch.compile(jepa) if cfg.run.compile else jepa
         if place.world > 1: model = nn.parallel.DistributedDataParallel(model)
@@ -611,7 +628,7 @@ def train(
                 book.line(step, meter, norm, lambda: feature_signs(jepa, pack, amp), lambda: own_scores(jepa, source))
             if last or stopping or (step+1)%cfg.run.save_every == 0 or step+1 in cfg.run.keep_at:
                 guard.check(run)
-                book.save(step, meter, jepa, opt, batch.state)
+                book.save(step, meter, jepa, opt, whole_place(batch.state, place))
             if stopping: book.stop(step, stopping)
         book.finish(cfg.run.steps)
     return run

@@ -6,6 +6,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -54,6 +57,27 @@ def test_two_go_on(tmp_path):
     together(cfg, tmp_path/'parts')
     whole, parts = (json.loads((tmp_path/n/'done.json').read_text()) for n in ('whole', 'parts'))
     assert whole['sha256'] == parts['sha256'] and whole['images'] == parts['images']
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_): pass
+
+def test_two_go_on_with_a_stream(tmp_path):
+    "Each process reads its own part of a stream, and goes on where it was itself."
+    from jepa_nb.data import shards_from_scenes
+    shards_from_scenes(tmp_path/'shards', images=48, side=32, per_shard=8, progress=False)
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=tmp_path/'shards'))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    cfg = make_config(TINY, ('data.kind=shards', f'data.path=http://127.0.0.1:{server.server_port}/train-{{000000..000005}}.tar', 'data.shuffle=4', 'run.steps=6'))
+    together(cfg, tmp_path/'whole')
+    shutil.copytree(tmp_path/'whole', tmp_path/'parts')
+    (tmp_path/'parts/done.json').unlink(); shutil.rmtree(tmp_path/'parts/checkpoints/step_00000006')
+    state = json.loads((tmp_path/'parts/checkpoints/step_00000004/state.json').read_text())['planner']
+    assert len(state['ranks']) == 2 and state['ranks'][0] != state['ranks'][1]
+    with pytest.raises(RunError, match='with 2 processes, not 1'): train(cfg, tmp_path/'parts', progress=False)
+    together(cfg, tmp_path/'parts')
+    whole, parts = (json.loads((tmp_path/n/'done.json').read_text()) for n in ('whole', 'parts'))
+    assert whole['sha256'] == parts['sha256'] and whole['images'] == parts['images']
+    server.shutdown(); server.server_close()
 
 def test_rows_that_cannot_be_shared(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '3')
