@@ -1,9 +1,11 @@
 # make reproduce            set up, then draw every figure of tier quick from nothing (2 cores, no download)
 # make reproduce TIER=small DATA=folder     the same on real images; DATA holds cifar10/train-*.tar.gz
 # make figures TIER=small   redraw from the shipped checkpoints, no training
+# make ship TIER=small      keep small checkpoints of a tier's runs beside its figures
 # make test                 every notebook and every test
 # make lab                  JupyterLab on nbs/
 # make dry                  what `make reproduce` would run, and why
+# make setup                only the environment, in .venv
 SHELL  := /bin/sh
 TIER   ?= quick
 DATA   ?= data
@@ -19,7 +21,7 @@ help:
 setup:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; say: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@exec $(PYTHON) workflow/setup.py
-# PPID and exec: make is the launcher's parent and the launcher knows it, so that it ends when make is killed, and everything below with it
+## PPID and exec: make is the launcher's parent and the launcher knows it, so that it ends when make is killed, and everything below with it
 reproduce: setup
 	@$(RUN)
 figures: setup

@@ -29,7 +29,7 @@ import zlib
 from collections import Counter
 from glob import escape, glob
 from http.client import HTTPException
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -677,16 +677,14 @@ def shard_order(
     mine:int=0,        # which reader: rank*workers + worker
     readers:int=1,     # of so many: ranks times workers
     replace:bool=True, # with replacement, forever; False: each once per epoch, divided among the readers
-    start:int=0,       # shards that this reader has drawn before
 ):                     # numbers of shards, one after the other
     "The shards that one reader reads."
     if not replace and n < readers:
         raise DataError(f"{n} shards cannot be divided among {readers} workers; use fewer, or data.replace=true")
-    each = n if replace else len(range(mine, n, readers)) # draws in an epoch, or just a chunk of draws
-    for epoch in range(start//each, 2**62):
+    for epoch in count(): # or just a chunk of draws
         draws = (np.random.default_rng([seed, epoch, 1, mine]).integers(n, size=n) if replace else
                  np.random.default_rng([seed, epoch]).permutation(n)[mine::readers])
-        yield from draws[max(start-epoch*each, 0):].tolist()
+        yield from draws.tolist()
 
 # %% ../nbs/11_data.ipynb #763756ed
 class Raw(NamedTuple):
@@ -747,7 +745,6 @@ class Stream(IterableDataset):
         shuffle:int=500,   # undecoded images in the shuffle buffer; 0 keeps the order of the shards
         rank:int=0,        # which of `world` processes this is
         world:int=1,
-        start:int=0,       # shards that every worker has drawn before
         epochs:int|None=None, # replace=False: stop after so many; None: go on forever
     ):
         paths = [path] if isinstance(path, (str, Path)) else list(path)
@@ -755,8 +752,8 @@ class Stream(IterableDataset):
         expand = lambda p: braceexpand(str(p)) if is_remote(p) else map(str, _files(p, 'train'))
         self.urls = [u for p in paths for u in expand(p)]
         self.name, self.seed, self.replace, self.shuffle = str(paths[0]), seed, replace, shuffle
-        self.rank, self.world, self.start, self.epochs = rank, world, start, epochs
-        self.skipped, self.drawn = [], start # what this process could not use, shards it has drawn
+        self.rank, self.world, self.epochs = rank, world, epochs
+        self.skipped = [] # what this process could not use
 
     def report(self, where, reason):
         "Count what cannot be used; tell of the first, the tenth, the hundredth."
@@ -771,7 +768,7 @@ class Stream(IterableDataset):
     def read(self, worker:int=0, workers:int=1):
         "What one loader process reads, mixed."
         mine, readers, buffer = self.rank*workers+worker, self.world*workers, []
-        rng = np.random.default_rng([self.seed, self.start, 2, mine])
+        rng = np.random.default_rng([self.seed, 0, 2, mine])
         for raw in self.in_order(mine, readers):
             if len(buffer) < self.shuffle: buffer.append(raw); continue
             if buffer: k = int(rng.integers(len(buffer))); buffer[k], raw = raw, buffer[k]
@@ -780,12 +777,12 @@ class Stream(IterableDataset):
 
     def in_order(self, mine, readers):
         "One shard after the other; when none can be read any more, that is an error and no endless loop."
-        n, barren, self.drawn = len(self.urls), 0, self.start
-        order = shard_order(n, self.seed, mine, readers, self.replace, self.start)
+        n, barren = len(self.urls), 0
+        order = shard_order(n, self.seed, mine, readers, self.replace)
         for k in islice(order, None if self.epochs is None else self.epochs*len(range(mine, n, readers))):
             got = 0
             for got, raw in enumerate(read_shard(self.urls[k], self.report), 1): yield raw
-            self.drawn, barren = self.drawn+1, 0 if got else barren+1
+            barren = 0 if got else barren+1
             if barren < 3: continue
             eg = ': '.join(self.skipped[-1]) if self.skipped else 'empty'
             raise DataError(f"{self.name}: nothing readable in {barren} shards in a row, lastly {eg}")

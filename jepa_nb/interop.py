@@ -60,7 +60,7 @@ def block_shapes(name:str, depth:int, dim:int, hidden:int)->dict[str,tuple]:
     return {f'{name}.{i}.{k}':v for i in range(depth) for k, v in one.items()}
 
 def encoder_shapes(s:Sizes)->dict[str,tuple]:
-    "Tensors of an encoder (EC spec §5.1)."
+    "Tensors of an encoder (IJ's code)."
     return {'pos_embed':(1, s.grid**2, s.dim), 'patch_embed.proj.weight':(s.dim, 3, s.patch, s.patch), 'patch_embed.proj.bias':(s.dim,),
             **block_shapes('blocks', s.depth, s.dim, s.hidden), 'norm.weight':(s.dim,), 'norm.bias':(s.dim,)}
 
@@ -75,7 +75,7 @@ def weights(shapes:dict[str,tuple])->int:
     return sum(math.prod(v) for k, v in shapes.items() if not k.endswith('pos_embed'))
 
 # %% ../nbs/50_interop.ipynb #7b3ba7d3
-HEADS = {192:3, 384:6, 768:12, 1024:16, 1280:16, 1408:16} # width -> heads, tiny to giant (EC spec §1.2)
+HEADS = {192:3, 384:6, 768:12, 1024:16, 1280:16, 1408:16} # width -> heads, tiny to giant (IJ, and its code)
 
 def check_tensors(
     tensors:dict,            # as read: anything
@@ -113,7 +113,7 @@ def measure(
                  grid_of(shape_of(tensors, 'pos_embed', 3, where)[1], where), **known)
 
 def measure_predictor(tensors:dict, s:Sizes, where:str)->Sizes:
-    "The same for a predictor: its heads are the encoder's (EC spec §1.4)."
+    "The same for a predictor: its heads are the encoder's (IJ's code)."
     dim = shape_of(tensors, 'predictor_embed.weight', 2, where)[0]
     if dim%s.heads or dim%4: raise InteropError(f"{where}: {s.heads} heads do not share a predictor's width of {dim}")
     return s._replace(dim=dim, depth=depth_of(tensors, 'predictor_blocks'), hidden=shape_of(tensors, 'predictor_blocks.0.mlp.fc1.weight', 2, where)[0])
@@ -183,7 +183,7 @@ def hf_names(
     depth:int,
     generation:int=4,  # of transformers; 4: on disk, always; 5: in memory since then
 )->dict[str,tuple]:
-    "Official name -> the tensors that it is made of there, one or three (EC spec §5.2)."
+    "Official name -> the tensors that it is made of there, one or three (their code)."
     layer, qkv, inner = ('encoder.layer', [f'attention.attention.{n}' for n in ('query', 'key', 'value')], ('attention.output.dense', 'intermediate.dense', 'output.dense'))
     if generation == 5: layer, qkv, inner = ('layers', [f'attention.{n}_proj' for n in 'qkv'], ('attention.o_proj', 'mlp.fc1', 'mlp.fc2'))
     of = {'norm1':['layernorm_before'], 'attn.qkv':qkv, 'attn.proj':inner[:1], 'norm2':['layernorm_after'], 'mlp.fc1':inner[1:2], 'mlp.fc2':inner[2:]}
@@ -258,7 +258,7 @@ def read_ijepa(
     file:Path,
     heads:int|None=None, # None: what the file says, if it was written here; else see `heads_of`
 )->Found:
-    "The authors' format (EC spec §5.1)."
+    "The authors' format (IJ's code)."
     d = read_pickle(file)
     keys = [k for k in OFFICIAL if k in d] if isinstance(d, dict) else []
     if not keys: raise InteropError(f"{file}: has none of {', '.join(OFFICIAL)}" + (f"; it has {', '.join(map(str, list(d)[:5])) or 'nothing'}" if isinstance(d, dict) else ''))

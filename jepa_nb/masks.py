@@ -232,7 +232,7 @@ def reference_block(
     keep:int,                       # it has more patches than this
     g:torch.Generator|None=None,    # None is torch's global generator
 )->np.ndarray:                      # patches
-    "One block, placed as the authors' code places it (EC spec §1.3)."
+    "One block, placed as the authors' code places it (IJ's code)."
     (y, x), (h, w), avoid, rejected = grid, size, list(avoid), 0
     while True:
         top, left = (int(torch.randint(0, n, (1,), generator=g)) for n in (y-h, x-w)) # never y-h itself: the last row and column stay out

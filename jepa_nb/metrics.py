@@ -199,7 +199,7 @@ def check_scores(
     if lidar_views < 2: raise DataError(f"LiDAR compares views: it needs 2 or more, not {lidar_views}")
 
 def batch_tokens(jepa:JEPA, source)->Tensor: # [b*t d]
-    "The teacher's features at every target slot of the run's first batch, zero at padding (FN's code)."
+    "The teacher's features at every target slot of the run's first batch, as FN's code takes them; but zero at padding, where it keeps what its network puts out."
     pack = next(loader(source, jepa.cfg, workers=0)).pack
     device = next(jepa.teacher.parameters()).device
     pack = pack._replace(image=Tokens(*(t.to(device) for t in pack.image)), context=pack.context.to(device), target=pack.target.to(device), segment=pack.segment.to(device))

@@ -41,7 +41,7 @@ def init_vit(
     model:nn.Module,   # has `blocks`; experts keep their own start
     scaled:bool=False, # divide the last layers of block l = 1, 2, ... by sqrt(2l)
 ):
-    "Normal weights of deviation 0.02 and no biases, as I-JEPA starts (EC spec §1.2)."
+    "Normal weights of deviation 0.02 and no biases, as I-JEPA starts (IJ, and its code)."
     for m in model.modules():
         if isinstance(m, nn.Linear):
             nn.init.trunc_normal_(m.weight, std=.02)

@@ -17,7 +17,7 @@ def table1():
     with open(FIGURES/'fn_table1.csv') as f: rows = [r for r in csv.DictReader(f) if r['acc']]
     about = json.loads((FIGURES/'fn_table1.json').read_text())
     base = max(float(r['acc_max']) for r in rows if r['ours'] in ('random init', 'raw pixels'))
-    out = [f"CIFAR-10 test images (`{about['notes']['data']}`), accuracy in %, mean over seeds [smallest, largest]; "
+    out = [f"CIFAR-10, {json.loads((FIGURES/'checkpoints/baselines/pixels.json').read_text())['n_test']:,} test images as JPEGs (`{about['notes']['data']}`), accuracy in %, mean over seeds [smallest, largest]; "
            "the probe is fitted to convergence, its depth chosen on held-out training images:", '',
            '| features | linear probe | least seed above the better baseline | k-NN | images seen | seeds |', '|---|---|---|---|---|---|']
     for r in rows:
@@ -25,7 +25,7 @@ def table1():
         span = lambda k: f"{float(r[k]):.1f}" + (f" [{float(r[k+'_min']):.1f}, {float(r[k+'_max']):.1f}]" if int(r['seeds']) > 1 else '')
         out.append(f"| {r['method']} | {span('acc')} | {above} | {span('knn')} "
                    f"| {int(float(r['images_seen'] or 0)):,} | {r['seeds']} |")
-    return '\n'.join([*out, '', f"DynTanh above LayerNorm: {about['claim']['ours'].split('; ')[0]}; verdict: *{about['claim']['verdict']}*."])
+    return '\n'.join([*out, '', f"From LayerNorm to DynTanh: {about['claim']['ours'].split('; ')[0]}; that DynTanh is better: *{about['claim']['verdict']}*."])
 
 
 def claims():
