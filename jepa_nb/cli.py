@@ -182,6 +182,7 @@ def read_tier(
             if not isinstance(run, dict) or 'recipe' not in run: raise CliError(f"run {name}: needs a recipe, e.g. {{recipe: params/train/fn_tiny_dyntanh.yaml}}")
             for k in run: known(f'entry of run {name}', k, ('recipe', 'seeds', 'settings', 'eval', 'probe', 'baseline', 'resumes', 'ship'))
             check_entry(f'run {name}: settings', run.get('settings', {}))
+            if run.get('ship', True) not in (True, False, 'teacher'): raise CliError(f"run {name}: ship should be true, false or teacher, not {run['ship']!r}")
             check_entry(f'run {name}: eval', run.get('eval', {}), 'eval')
             if not isinstance(seeds := run.get('seeds', [0]), list) or not seeds or not all(type(k) is int and k >= 0 for k in seeds): raise CliError(f"run {name}: seeds should be a list of whole numbers, e.g. [0, 1], not {seeds!r}")
             load_config(run['recipe'], words_of(tier.get('settings', {}) | run.get('settings', {})))
@@ -488,10 +489,11 @@ def scenes(out, **kw):
 @cli.command()
 @click.argument('run')
 @click.argument('out')
-def ship(run, out):
+@click.option('--teacher', is_flag=True, help='Only the network that is evaluated, not the student and the predictor.')
+def ship(run, out, teacher):
     "Write the small form of RUN's newest checkpoint (bfloat16, config, checksums) and its evaluation to the folder OUT."
-    from jepa_nb.train import ship
-    click.echo(ship(run, out))
+    from jepa_nb.train import PARTS, ship
+    click.echo(ship(run, out, parts=('teacher',) if teacher else PARTS))
 
 # %% ../nbs/51_cli.ipynb #5c0d0b1e
 @cli.command()
