@@ -209,7 +209,7 @@ def test_ctrl_c_leaves_no_worker(tmp_path):
     try:
         assert run.stdout.readline() == b'running\n'
         os.killpg(run.pid, signal.SIGINT) # as a terminal does: to everybody
-        run.communicate(timeout=60)
+        run.communicate(timeout=240)
         assert run.returncode != 0
         for _ in range(50):
             try: os.killpg(run.pid, 0)

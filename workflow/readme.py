@@ -28,6 +28,27 @@ def table1():
     return '\n'.join([*out, '', f"From LayerNorm to DynTanh: {about['claim']['ours'].split('; ')[0]}; that DynTanh is better: *{about['claim']['verdict']}*."])
 
 
+def ec():
+    "I-JEPA against EC-IJEPA and their baselines, one line each."
+    if not (FIGURES/'ec_table1_probe.csv').is_file(): return 'Not trained at this tier yet.'
+    def rows(stem, **where):
+        with open(FIGURES/f'{stem}.csv') as f: return [r for r in csv.DictReader(f) if all(r[k] == v for k, v in where.items())]
+    probe, rank, sets = rows('ec_table1_probe', what='probe'), rows('ec_table2_rank', source='ours'), rows('ec_table3_ood', source='ours', target='label')
+    names = list(dict.fromkeys(r['set'] for r in sets))
+    def span(found, column):
+        v = [float(r[column]) for r in found if r[column]]
+        return (f'{sum(v)/len(v):.1f}' + (f' [{min(v):.1f}, {max(v):.1f}]' if max(v)-min(v) >= .05 else '')) if v else '–'
+    first = next(r for r in probe if r['method'] == 'EC-IJEPA')
+    out = [f"CIFAR-10, {int(first['n_train']):,} training and {int(first['n_test']):,} test images, and other sets by the second paper's protocols; accuracy in %, mean over seeds [smallest, largest]:", '',
+           f"| features | linear probe | k-NN | RankMe | LiDAR | {' | '.join(names)} | images seen | seeds |", '|---'*(7+len(names)) + '|']
+    for m in ('EC-IJEPA', 'I-JEPA', 'random init', 'raw pixels'):
+        of = lambda found: [r for r in found if r['method'] == m]
+        mine = of(probe)
+        out.append(f"| {m} | {span(mine, 'acc')} | {span(mine, 'knn')} | {span(of(rank), 'rankme')} | {span(of(rank), 'lidar')} | " + ' | '.join(span([r for r in of(sets) if r['set'] == n], 'acc') for n in names)
+                   + f" | {int(float(mine[0]['images_seen'] or 0)):,} | {len({r['seed'] for r in mine})} |")
+    return '\n'.join(out)
+
+
 def claims():
     "The ledger: what may be said at this tier, and how much may not."
     if not (FIGURES/'claims.csv').is_file(): return 'The ledger of tier small is drawn by `make figures TIER=small`.'
@@ -41,7 +62,7 @@ def claims():
     return '\n'.join(out)
 
 
-BLOCKS = dict(table1=table1, claims=claims)
+BLOCKS = dict(table1=table1, ec=ec, claims=claims)
 
 def filled(text):
     "The README with every block `<!-- numbers: NAME -->` ... `<!-- end -->` written anew."
