@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from jepa_nb.data import BadImage, DataError, file_md5, open_source
-from jepa_nb.sets import SETS, checksum, open_files, shards_from_public, task_labels
+from jepa_nb.sets import PUBLISHED, SETS, checksum, open_files, shards_from_public, task_labels
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -219,6 +219,15 @@ def test_checksum(tmp_path):
     assert checksum(file, False) == file_md5(file)
     refused(tmp_path, 'food101', at, 'expected', md5=['0'*32])
     assert made('food101', tmp_path/'out', at, md5=['0'*32, file_md5(file)])['train']['images'] == 3
+
+def test_the_published_checksum_is_asked_of_a_whole_set(tmp_path, monkeypatch):
+    at = archives('food101', tmp_path/'from')
+    make = lambda out, **kw: shards_from_public('food101', tmp_path/out, at, progress=False, **kw)['train']['images']
+    monkeypatch.setitem(SETS, 'food101', SETS['food101']._replace(classes=2, images=dict(train=3, test=1))) # as if this were all of it
+    with pytest.raises(DataError, match=f"the published one is {PUBLISHED['food-101.tar.gz']}"): make('a')
+    assert not list(tmp_path.glob('a/*.tar')) and make('a', md5=()) == 3
+    monkeypatch.setitem(PUBLISHED, 'food-101.tar.gz', file_md5(at/'food-101.tar.gz'))
+    assert make('b') == 3
 
 @pytest.mark.parametrize('change, says', [
     (lambda c: c.pop('food-101/images/ramen/1.jpg'), 'ramen/1'),
