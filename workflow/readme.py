@@ -1,4 +1,4 @@
-"""Fill the README's blocks of numbers from the committed figures of tier small, so that no number in it is typed.
+"""Fill the README's blocks of numbers, and its links to pictures, from the committed figures of tier small, so that no number in it is typed.
 
     python workflow/readme.py           # rewrite README.md
     python workflow/readme.py --check   # exit 1 if that would change it"""
@@ -69,6 +69,8 @@ def filled(text):
     def block(m):
         if m[1] not in BLOCKS: sys.exit(f"README.md: no block of numbers is called {m[1]}; there are {', '.join(BLOCKS)}")
         return f'<!-- numbers: {m[1]} -->\n{BLOCKS[m[1]]()}\n<!-- end -->'
+    def picture(m): return m[1] + (f' ([picture](figures/small/{m[2]}.png))' if (FIGURES/f'{m[2]}.png').is_file() else '')
+    text = re.sub(r'(\[(\w+)\]\(nbs/figures/\2\.ipynb\))(?: \(\[picture\]\([^)]*\)\))?', picture, text) # where a figure's notebook is named
     return re.sub(r'<!-- numbers: (\w+) -->\n.*?<!-- end -->', block, text, flags=re.S)
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ from jepa_nb.config import load_config, make_config
 from jepa_nb.data import open_data
 from jepa_nb.jepa import ema_
 from jepa_nb.packing import loader
-from jepa_nb.train import beta_at, make_optimizer, matmul_error, pick_device, random_model, seeded, to_device, update
+from jepa_nb.train import beta_at, make_optimizer, matmul_error, multiplies_bfloat16, pick_device, random_model, seeded, to_device, update
 
 
 def step(jepa, opt, pack, cfg, k, form, amp):
@@ -65,7 +65,7 @@ def main():
     print(f"encoder {e.dim}x{e.depth} {e.mlp}, predictor {r.dim}x{r.depth} {r.mlp}, {e.gelu} GELU; rows [{cfg.pack.rows} {cfg.pack.context}+{cfg.pack.target}], "
           f"{n:.1f} images, {cfg.objective.repeats} repeats; median of {a.rounds} steps")
     print(f"{'dtype':9} {'form':6} {'wall ms':>8} {'cpu ms':>8} {'images/s':>9} {'images/cpu-s':>12}")
-    for dtype in ('float32', 'bfloat16'):
+    for dtype in ('float32', 'bfloat16') if multiplies_bfloat16(device) else ('float32',):
         out, cost = measure(cfg, batches, device, dtype, a.rounds), {}
         for form, (wall, cpu) in out.items():
             w, c = statistics.median(wall), statistics.median(cpu)
