@@ -58,6 +58,8 @@ def jepa_nb(*words, cwd=ROOT, **env):
     (['convert', '{tmp}/nothing.pth.tar'], 2, 'OUT'),
     (['figure', 'fn_fig1'], 1, 'fn_fig1: no such figure'),
     (['reproduce', '--tier', 'quik'], 1, 'did you mean quick?'),
+    (['figure', 'fn_fig2_loss_maps', '-p', 'ln', '[a'], 1, "ln: '[a' is not YAML"),
+    (['data', 'scenes', '{tmp}/x', '--images', '0'], 2, '0 is not in the range x>=1'),
 ], ids=lambda v: ' '.join(map(str, v)) if isinstance(v, list) else '')
 def test_refusal(words, code, names, tmp_path):
     r = jepa_nb(*(w.format(tmp=tmp_path) for w in words))
@@ -100,7 +102,13 @@ def test_figure_without_checkpoint(tmp_path):
     (lambda t: t['runs']['fn_drawn_resumed'].update(resumes=dict(run='fn_drawn', step=7)), 'run.keep_at=[4, 8]'),
     (lambda t: t['runs']['fn_drawn_resumed'].update(resumes=dict(run='fn_darwn', step=8)), 'did you mean fn_drawn?'),
     (lambda t: t['runs']['fn_drawn_resumed'].update(seeds=[0, 1]), 'has no seed 1'),
-], ids=['setting', 'value', 'entry', 'data set', 'recipe', 'depth head', 'figure parameter', 'resumed step', 'resumed run', 'resumed seed'])
+    (lambda t: t['runs']['fn_ln'].update(eval=dict(trian_images=3)), 'did you mean train_images?'),
+    (lambda t: t['ranks'].update(lidra_views=3), 'did you mean lidar_views?'),
+    (lambda t: t['data']['train'].update(imags=3), 'did you mean images?'),
+    (lambda t: t['runs']['fn_ln'].update(seeds=3), 'seeds should be a list'),
+    (lambda t: t['runs']['fn_ln'].update(settings=None), 'should be a mapping'),
+    (lambda t: t['figures']['fn_fig5_context_target'].update(params=None), 'should be a mapping'),
+], ids=['setting', 'value', 'entry', 'data set', 'recipe', 'depth head', 'figure parameter', 'resumed step', 'resumed run', 'resumed seed', 'evaluation', 'ranks', 'images', 'seeds', 'no settings', 'no params'])
 def test_tier_is_checked_before_anything_starts(tmp_path, change, names):
     shutil.copytree(ROOT/'nbs/figures', tmp_path/'nbs/figures')
     shutil.copytree(ROOT/'params', tmp_path/'params')

@@ -83,6 +83,7 @@ CHANGES = {
     'the steps of all':        (changed(settings={'run.steps': 20}), dict(train=3, evaluate=3, figure=1)),
     'a new seed':              (changed(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(seeds=[0, 1]))), dict(train=1, evaluate=1, random_init=1, figure=1)),
     'the probe':               (changed(eval=dict(epochs=3)), dict(evaluate=3, random_init=3, raw_pixels=1, figure=1)),
+    'the probe of one run':    (changed(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(eval=dict(train_images=9, released=False)))), dict(evaluate=1, random_init=1, figure=1)),
     'a parameter of a figure': (changed(figures=TIER['figures'] | dict(b=dict(params=dict(images=5)))), dict(figure=1)),
     'a notebook':              (edited('nbs/figures/b.ipynb', lambda s: s.replace('4', '5')), dict(figure=1)),
     'a module of figures':     (edited('jepa_nb/maps.py', lambda s: s+'#\n'), dict(figure=2)),
@@ -123,6 +124,18 @@ def test_depth_heads(tmp_path):
     edited('jepa_nb/depth.py', lambda s: s+'#\n')(folder)
     changed(**tier)(folder)
     assert plan(folder) == dict(depth=6, random_depth=4, figure=1)
+
+
+def test_what_is_not_there_is_left_out(tmp_path):
+    "Sets under $DATA that somebody has not got cost what would read them, not the tier."
+    absent = dict(train='$DATA/nyu/train-*.tar', test='$DATA/nyu/test-*.tar')
+    fig = dict(fn_fig11_depth_maps=dict(runs=dict(ln='fn_ln'), params=dict(images=2)), b=dict(params=dict(images=3, data='$DATA/photos/*.tar')))
+    folder = clone(tmp_path/'tree', TIER | dict(depth=dict(main=absent), ood=dict(runs=['fn_ln'], far=absent), figures=TIER['figures'] | fig))
+    (folder/'nbs/figures/fn_fig11_depth_maps.ipynb').write_text(NOTEBOOK)
+    (folder/'nbs/figures/b.ipynb').write_text(NOTEBOOK.replace('"images', '"data = None\\n", "images'))
+    r = make(folder, 'dry', DATA='elsewhere')
+    for said in ('depth head main: left out, there is no $DATA/nyu/test-*.tar (DATA=elsewhere)', 'set far: left out', 'figure b: left out, there is no $DATA/photos/*.tar'): assert said in r.stderr, r.stdout+r.stderr
+    assert plan(folder) == dict(scenes_train=1, scenes_test=1, train=3, evaluate=3, random_init=3, raw_pixels=1, figure=1)
 
 
 def test_a_run_that_begins_at_another(tmp_path):
