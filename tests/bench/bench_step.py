@@ -16,7 +16,17 @@ from jepa_nb.config import load_config, make_config
 from jepa_nb.data import open_data
 from jepa_nb.jepa import ema_
 from jepa_nb.packing import loader
-from jepa_nb.train import beta_at, make_optimizer, matmul_error, multiplies_bfloat16, pick_device, random_model, seeded, to_device, update
+from jepa_nb.train import (
+    beta_at,
+    make_optimizer,
+    matmul_error,
+    multiplies_bfloat16,
+    pick_device,
+    random_model,
+    seeded,
+    to_device,
+    update,
+)
 
 
 def step(jepa, opt, pack, cfg, k, form, amp):
