@@ -44,7 +44,8 @@ def ec():
     for m in ('EC-IJEPA', 'I-JEPA', 'random init', 'raw pixels'):
         of = lambda found: [r for r in found if r['method'] == m]
         mine = of(probe)
-        out.append(f"| {m} | {span(mine, 'acc')} | {span(mine, 'knn')} | {span(of(rank), 'rankme')} | {span(of(rank), 'lidar')} | " + ' | '.join(span([r for r in of(sets) if r['set'] == n], 'acc') for n in names)
+        n = int(mine[0]['n_train'])
+        out.append(f"| {m}{f' ({n:,} training images)' if n != int(first['n_train']) else ''} | {span(mine, 'acc')} | {span(mine, 'knn')} | {span(of(rank), 'rankme')} | {span(of(rank), 'lidar')} | " + ' | '.join(span([r for r in of(sets) if r['set'] == n], 'acc') for n in names)
                    + f" | {int(float(mine[0]['images_seen'] or 0)):,} | {len({r['seed'] for r in mine})} |")
     return '\n'.join(out)
 
