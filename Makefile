@@ -31,6 +31,6 @@ ship: setup
 dry: setup
 	@$(RUN) --dry
 test: setup
-	@exec .venv/bin/python -m pytest
+	@exec .venv/bin/python -m pytest -n $(CORES) --dist worksteal
 lab: setup
 	@exec .venv/bin/jupyter lab nbs

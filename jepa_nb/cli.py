@@ -490,10 +490,11 @@ def scenes(out, **kw):
 @click.argument('run')
 @click.argument('out')
 @click.option('--teacher', is_flag=True, help='Only the network that is evaluated, not the student and the predictor.')
-def ship(run, out, teacher):
+@click.option('--step', type=click.IntRange(1), help='An earlier checkpoint that is kept; its log is cut there.')
+def ship(run, out, teacher, step):
     "Write the small form of RUN's newest checkpoint (bfloat16, config, checksums) and its evaluation to the folder OUT."
     from jepa_nb.train import PARTS, ship
-    click.echo(ship(run, out, parts=('teacher',) if teacher else PARTS))
+    click.echo(ship(run, out, step, ('teacher',) if teacher else PARTS))
 
 # %% ../nbs/51_cli.ipynb #5c0d0b1e
 @cli.command()

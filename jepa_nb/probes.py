@@ -8,7 +8,7 @@ __all__ = ['SHOWN', 'PENALTIES', 'T95', 'square', 'image_tokens', 'squash', 'inn
            'probe_depth', 'linear_probe', 'knn', 'raw_pixels', 'bootstrap', 'labelled', 'decoded', 'refuse_shared',
            'questions', 'trained', 'images_seen', 'evaluate', 'evaluate_sets', 'kept', 'step_of', 'rank_checkpoints',
            'at', 'find_runs', 'read_probe', 'read_ranks', 'read_baselines', 'above_baselines', 'figure_source',
-           'paired', 'paired_interval', 'verdict', 'read_image', 'fit_patches', 'encode']
+           'paired', 'paired_interval', 'stands_above', 'verdict', 'read_image', 'fit_patches', 'encode']
 
 # %% ../nbs/40_probes.ipynb #e46d4abe
 import io
@@ -626,6 +626,11 @@ def paired_interval(
         low, high = bootstrap(images)
         half = math.hypot(half, (high-low)/2)
     return float(d.mean()-half), float(d.mean()+half)
+
+def stands_above(a:dict, b:dict)->bool: # seed -> number
+    "Whether `a` is the higher by an interval over paired seeds: what tables print bold."
+    span = paired_interval(paired(a, b))
+    return bool(span and span[0] > 0)
 
 def verdict(
     differences,      # one per seed, a list or a dict by seed; positive is the claimed side

@@ -283,7 +283,7 @@ def save_figure(
     params:dict,     # the notebook's parameters
     claim,           # the paper's claim, its number, ours, and whether it holds: text or dict
     checkpoints=(),  # run folders, checkpoint folders or files that were read; their sha256 are kept
-    tier=None,       # smoke, quick, small, paper
+    tier=None,       # smoke, quick, small, medium, paper
     seconds=None,    # what the notebook took; stands in the JSON only
     notes=None,      # text or dict, anything else a reader should know
 ):

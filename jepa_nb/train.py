@@ -272,7 +272,7 @@ def open_run(
 def ship(
     run:str|Path,       # anything `open_run` opens
     out:str|Path,       # folder to write: config.yaml, model.safetensors, trained.json, SHA256SUMS
-    step:int|None=None,
+    step:int|None=None, # of an earlier checkpoint, whose log is cut there; evaluations are the newest's and stay behind
     parts=PARTS,
 )->Path:
     "Write the small form of a checkpoint, half the size of its weights."
@@ -283,10 +283,13 @@ def ship(
         save_file(_cpu(small), tmp/'model.safetensors')
         save_config(cfg, tmp/'config.yaml')
         state = whole_checkpoint(run, step)/'state.json'
-        if state.is_file(): write_json(tmp/'trained.json', {k:v for k, v in json.loads(state.read_text()).items() if k in ('step', 'images')})
+        at = {k:v for k, v in json.loads(state.read_text()).items() if k in ('step', 'images')} if state.is_file() else {}
+        if at: write_json(tmp/'trained.json', at)
         (tmp/'SHA256SUMS').write_text(''.join(f'{sha256(tmp/n)}  {n}\n' for n in ('config.yaml', 'model.safetensors', 'trained.json') if (tmp/n).is_file()))
-        if (Path(run)/'eval').is_dir(): shutil.copytree(Path(run)/'eval', tmp/'eval') # what is known about it travels along
-        if (Path(run)/'log.jsonl').is_file(): shutil.copy(Path(run)/'log.jsonl', tmp/'log.jsonl')
+        if step is None and (Path(run)/'eval').is_dir(): shutil.copytree(Path(run)/'eval', tmp/'eval') # what is known about it travels along
+        if (Path(run)/'log.jsonl').is_file():
+            shutil.copy(Path(run)/'log.jsonl', tmp/'log.jsonl')
+            if at: cut_log(tmp/'log.jsonl', at['step'])
     return out
 
 # %% ../nbs/32_train.ipynb #3cab0bc7-2

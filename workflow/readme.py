@@ -1,4 +1,4 @@
-"""Fill the README's blocks of numbers, and its links to pictures, from the committed figures of tier small, so that no number in it is typed.
+"""Fill the README's blocks of numbers, and its links to pictures, from the committed figures, so that no number in it is typed.
 
     python workflow/readme.py           # rewrite README.md
     python workflow/readme.py --check   # exit 1 if that would change it"""
@@ -9,15 +9,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FIGURES = ROOT/'figures/small'
+TIERS = dict(small='CIFAR-10', medium='Tiny ImageNet, 100 classes') # whose figures are committed, and what their runs were trained on
 
 
-def table1():
+def table1(tier):
     "The pair and its baselines, one line each."
+    FIGURES = ROOT/'figures'/tier
+    if not (FIGURES/'fn_table1.csv').is_file(): return 'Not drawn yet.'
     with open(FIGURES/'fn_table1.csv') as f: rows = [r for r in csv.DictReader(f) if r['acc']]
     about = json.loads((FIGURES/'fn_table1.json').read_text())
     base = max(float(r['acc_max']) for r in rows if r['ours'] in ('random init', 'raw pixels'))
-    out = [f"CIFAR-10, {json.loads((FIGURES/'checkpoints/baselines/pixels.json').read_text())['n_test']:,} test images as JPEGs (`{about['notes']['data']}`), accuracy in %, mean over seeds [smallest, largest]; "
+    out = [f"{TIERS[tier]}, {json.loads((FIGURES/'checkpoints/baselines/pixels.json').read_text())['n_test']:,} test images (`{about['notes']['data']}`), accuracy in %, mean over seeds [smallest, largest]; "
            "the probe is fitted to convergence, its depth chosen on held-out training images:", '',
            '| features | linear probe | least seed above the better baseline | k-NN | images seen | seeds |', '|---|---|---|---|---|---|']
     for r in rows:
@@ -28,18 +30,20 @@ def table1():
     return '\n'.join([*out, '', f"From LayerNorm to DynTanh: {about['claim']['ours'].split('; ')[0]}; that DynTanh is better: *{about['claim']['verdict']}*."])
 
 
-def ec():
+def ec(tier):
     "I-JEPA against EC-IJEPA and their baselines, one line each."
-    if not (FIGURES/'ec_table1_probe.csv').is_file(): return 'Not trained at this tier yet.'
+    FIGURES = ROOT/'figures'/tier
+    if not (FIGURES/'ec_table1_probe.csv').is_file(): return 'Not drawn yet.'
     def rows(stem, **where):
         with open(FIGURES/f'{stem}.csv') as f: return [r for r in csv.DictReader(f) if all(r[k] == v for k, v in where.items())]
-    probe, rank, sets = rows('ec_table1_probe', what='probe'), rows('ec_table2_rank', source='ours'), rows('ec_table3_ood', source='ours', target='label')
+    there = lambda stem, **where: rows(stem, **where) if (FIGURES/f'{stem}.csv').is_file() else []
+    probe, rank, sets = rows('ec_table1_probe', what='probe'), there('ec_table2_rank', source='ours'), there('ec_table3_ood', source='ours', target='label')
     names = list(dict.fromkeys(r['set'] for r in sets))
     def span(found, column):
         v = [float(r[column]) for r in found if r[column]]
         return (f'{sum(v)/len(v):.1f}' + (f' [{min(v):.1f}, {max(v):.1f}]' if max(v)-min(v) >= .05 else '')) if v else '–'
     first = next(r for r in probe if r['method'] == 'EC-IJEPA')
-    out = [f"CIFAR-10, {int(first['n_train']):,} training and {int(first['n_test']):,} test images, and other sets by the second paper's protocols; accuracy in %, mean over seeds [smallest, largest]:", '',
+    out = [f"{TIERS[tier]}, {int(first['n_train']):,} training and {int(first['n_test']):,} test images, and other sets by the second paper's protocols; accuracy in %, mean over seeds [smallest, largest]:", '',
            f"| features | linear probe | k-NN | RankMe | LiDAR | {' | '.join(names)} | images seen | seeds |", '|---'*(7+len(names)) + '|']
     for m in ('EC-IJEPA', 'I-JEPA', 'random init', 'raw pixels'):
         of = lambda found: [r for r in found if r['method'] == m]
@@ -50,13 +54,14 @@ def ec():
     return '\n'.join(out)
 
 
-def claims():
+def claims(tier):
     "The ledger: what may be said at this tier, and how much may not."
-    if not (FIGURES/'claims.csv').is_file(): return 'The ledger of tier small is drawn by `make figures TIER=small`.'
+    FIGURES = ROOT/'figures'/tier
+    if not (FIGURES/'claims.csv').is_file(): return f'The ledger of tier {tier} is drawn by `make figures TIER={tier}`.'
     with open(FIGURES/'claims.csv') as f: rows = list(csv.DictReader(f))
     judged = [r for r in rows if r['verdict'] in ('holds', 'fails', 'mixed')]
     count = ', '.join(f"{sum(r['verdict'] == w for r in rows)} {w}" for w in ('holds', 'fails', 'mixed', 'not tested at this scale'))
-    out = [f'Of {len(rows)} claims at tier small: {count}.']
+    out = [f'Of {len(rows)} claims at tier {tier}: {count}.']
     if judged: out += ['', '| claim | compared | paper | ours, 95 % interval | verdict |', '|---|---|---|---|---|']
     number = lambda v: f'{float(v):+.3g}' if v else '–'
     out += [f"| {r['number']} · {r['claim']} | {r['metric']} | {number(r['paper_value'])} | {number(r['ours'])} [{number(r['low'])}, {number(r['high'])}] | *{r['verdict']}* |" for r in judged]
@@ -66,16 +71,19 @@ def claims():
 BLOCKS = dict(table1=table1, ec=ec, claims=claims)
 
 def filled(text):
-    "The README with every block `<!-- numbers: NAME -->` ... `<!-- end -->` written anew."
+    "The README with every block `<!-- numbers: NAME TIER -->` ... `<!-- end -->` written anew."
     def block(m):
         if m[1] not in BLOCKS: sys.exit(f"README.md: no block of numbers is called {m[1]}; there are {', '.join(BLOCKS)}")
-        return f'<!-- numbers: {m[1]} -->\n{BLOCKS[m[1]]()}\n<!-- end -->'
-    def picture(m): return m[1] + (f' ([picture](figures/small/{m[2]}.png))' if (FIGURES/f'{m[2]}.png').is_file() else '')
-    text = re.sub(r'(\[(\w+)\]\(nbs/figures/\2\.ipynb\))(?: \(\[picture\]\([^)]*\)\))?', picture, text) # where a figure's notebook is named
-    return re.sub(r'<!-- numbers: (\w+) -->\n.*?<!-- end -->', block, text, flags=re.S)
+        if m[2] not in TIERS: sys.exit(f"README.md: no figures of a tier {m[2]} are committed; there are {', '.join(TIERS)}")
+        return f'<!-- numbers: {m[1]} {m[2]} -->\n{BLOCKS[m[1]](m[2])}\n<!-- end -->'
+    def picture(m):
+        drawn = ', '.join(f'[{t}](figures/{t}/{m[2]}.png)' for t in TIERS if (ROOT/'figures'/t/f'{m[2]}.png').is_file())
+        return m[1] + (f' ({drawn})' if drawn else '')
+    text = re.sub(r'(\[(\w+)\]\(nbs/figures/\2\.ipynb\))(?: \((?:\[\w+\]\(figures/[^)]*\)(?:, )?)+\))?', picture, text) # where a figure's notebook is named
+    return re.sub(r'<!-- numbers: (\w+) (\w+) -->\n.*?<!-- end -->', block, text, flags=re.S)
 
 if __name__ == '__main__':
     path = ROOT/'README.md'
     old = path.read_text(); new = filled(old)
-    if '--check' in sys.argv: sys.exit(f"{path.name}: its numbers are not those of figures/small; run python workflow/readme.py" if new != old else 0)
+    if '--check' in sys.argv: sys.exit(f"{path.name}: its numbers are not those of the committed figures; run python workflow/readme.py" if new != old else 0)
     path.write_text(new)
