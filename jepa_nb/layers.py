@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['GRID', 'rope2d', 'rotate', 'sincos_codes', 'sincos2d', 'same_sample', 'attend_dense', 'Layout', 'layout', 'attend',
-           'Attention', 'MLP', 'apply_norm', 'Block']
+           'Attention', 'TanhGelu', 'MLP', 'apply_norm', 'Block']
 
 # %% ../nbs/21_layers.ipynb #ad9b2e1c
+import math
 from typing import NamedTuple
 
 import torch
@@ -148,6 +149,33 @@ class Attention(nn.Module):
         if rope is not None: q, k = rotate(q, rope), rotate(k, rope)
         return self.out(rearrange(attend(q.to(v.dtype), k.to(v.dtype), v, lay), 'n h d -> n (h d)'))
 
+# %% ../nbs/21_layers.ipynb #7e79df48-2
+class TanhGelu(torch.autograd.Function):
+    "GELU in its tanh form on a CPU, float32: as torch's, twice as fast."
+    CUBE, SLOPE = .044715, 2*(2/math.pi)**.5 # (1 + tanh u)/2 = sigmoid 2u, with 2u = SLOPE*(x + CUBE*x^3)
+
+    @staticmethod
+    def forward(ctx, x:Tensor)->Tensor: # [n d] -> [n d]
+        y, slope = torch.empty_like(x), torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        step = max(1, 2**18//x.shape[1])  # rows of a piece that stays in the cache
+        square, gate = x.new_empty(2, step, x.shape[1])
+        for i in range(0, len(x), step):
+            xi, yi = x[i:i+step], y[i:i+step]
+            a, s = square[:len(xi)], gate[:len(xi)]
+            torch.mul(xi, xi, out=a)
+            torch.addcmul(xi, a, xi, value=TanhGelu.CUBE, out=s).mul_(TanhGelu.SLOPE).sigmoid_()
+            torch.mul(xi, s, out=yi)
+            if slope is None: continue
+            si = slope[i:i+step]          # s + s(1-s) x (2u)'
+            torch.addcmul(xi, a, xi, value=3*TanhGelu.CUBE, out=si)
+            torch.ops.aten.sigmoid_backward.grad_input(si, s, grad_input=a)
+            torch.add(s, a, alpha=TanhGelu.SLOPE, out=si)
+        if slope is not None: ctx.save_for_backward(slope)
+        return y
+
+    @staticmethod
+    def backward(ctx, g): return ctx.saved_tensors[0]*g
+
 # %% ../nbs/21_layers.ipynb #7e79df48
 class MLP(nn.Module):
     "Two linear layers with a GELU between."
@@ -161,7 +189,9 @@ class MLP(nn.Module):
         self.approximate = 'tanh' if gelu == 'tanh' else 'none'
 
     def forward(self, x:Tensor, lay:Layout, raw:Tensor|None=None)->tuple[Tensor,None]: # [n d] -> [n d], no loss of its own
-        return self.down(F.gelu(self.up(x), approximate=self.approximate)), None
+        u = self.up(x)
+        fast = self.approximate == 'tanh' and u.is_cpu and u.dtype == torch.float32 and not torch.compiler.is_compiling()
+        return self.down(TanhGelu.apply(u) if fast else F.gelu(u, approximate=self.approximate)), None
 
 # %% ../nbs/21_layers.ipynb #bbda76c2
 def apply_norm(f:nn.Module, x:Tensor, lay:Layout)->Tensor: # [n d] -> [n d]

@@ -130,7 +130,7 @@ def to_unit(
     dtype:str='float32',   # 'bfloat16': FN's code, which rounds before it divides
 )->Tensor:                 # float32 in [-1, 1]
     "Bytes to the model's range; bfloat16 has no room for 256 grey levels."
-    return x.float()/127.5 - 1 if dtype == 'float32' else (x.bfloat16()/255*2 - 1).float()
+    return x.float().div_(127.5).sub_(1) if dtype == 'float32' else (x.bfloat16()/255*2 - 1).float()
 
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225) # of red, green and blue in [0, 1]
 
