@@ -575,7 +575,7 @@ def spent(
 
 @cli.command()
 @click.option('--tier', default='quick', show_default=True)
-@click.option('--cores', type=int, default=2, show_default=True, help='Jobs side by side.')
+@click.option('--cores', type=click.IntRange(1), default=2, show_default=True, help='Jobs side by side.')
 @click.option('--data', 'folder', default='data', show_default=True, metavar='DIR', help='Where $DATA in a tier file points.')
 @click.option('--shipped', is_flag=True, help='Redraw from the checkpoints in figures/<tier>/checkpoints, without training.')
 @click.option('--dry', is_flag=True, help='Only say what would run, and why.')
