@@ -9,7 +9,7 @@ __all__ = ['JOBS', 'TIER_KEYS', 'POOLING_OPTIONS', 'DEPTH_OPTIONS', 'REFUSALS', 
            'seed_folder', 'train', 'move_aside', 'numbers', 'pooling', 'pooling_name', 'read_sets_file', 'eval_',
            'tell_probe', 'depth_', 'ranks', 'figure', 'yaml_value', 'run_notebook', 'data', 'shards', 'tell_shards',
            'cifar10', 'scenes', 'ship', 'convert', 'public', 'digits', 'only_start', 'wait_for_orphans', 'spent',
-           'reproduce', 'graph_environment', 'run_child', 'main']
+           'check_images', 'reproduce', 'graph_environment', 'run_child', 'main']
 
 # %% ../nbs/51_cli.ipynb #a30213ce
 import ast
@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager
+from glob import glob
 from pathlib import Path
 
 import click
@@ -168,7 +169,7 @@ def read_tier(
     except yaml.YAMLError as e: raise CliError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
     try:
         if not isinstance(tier, dict): raise CliError("a tier is a mapping of entries, such as runs and figures")
-        if missing := {'tier', 'runs', 'figures', 'data'}-set(tier): raise CliError(f"has no {', '.join(sorted(missing))}")
+        if missing := {'tier', 'threads', 'runs', 'figures', 'data'}-set(tier): raise CliError(f"has no {', '.join(sorted(missing))}")
         if tier['tier'] != path.stem: raise CliError(f"tier: is {tier['tier']!r}, but the file's name says {path.stem!r}; outputs go by it")
         for k, v in tier.items():
             known('entry of a tier', k, TIER_KEYS)
@@ -305,8 +306,8 @@ def read_sets_file(path:str, only=())->dict:
               help="What the encoder is told of an image (EC): kernel and stride of pooled positions, e.g. 4,4; or off. Default: as it was trained. Several make a file each, with {condition} in --out.")
 @click.option('--sets', metavar='FILE', help="Evaluate on every data set of FILE instead, e.g. a tier's (its entry ood): one JSON each.")
 @click.option('--set', 'only', multiple=True, metavar='NAME', help='Only this one of them.')
-@click.option('--train-images', type=int, help='Use at most so many.')
-@click.option('--test-images', type=int)
+@click.option('--train-images', type=click.IntRange(20), help='Use at most so many.')
+@click.option('--test-images', type=click.IntRange(1))
 @click.option('--released', is_flag=True, help="As the authors' code probes: AdamW, features not standardised.")
 @click.option('--name', help="What the result is called; default the run's name.")
 @click.option('--tier')
@@ -356,8 +357,8 @@ def tell_probe(r:dict, out):
 @click.option('--train', 'train_data', metavar='DATA', help="Images with depth that the head is trained on: 'folder/train-*.tar' or scenes; default the run's own.")
 @click.option('--test', 'test_data', metavar='DATA', help="Images with depth that it is tested on; default the test half of the run's own.")
 @click.option('--out', metavar='FILE', help='Default: eval/depth.json in the run folder; errors per image (.npz) and the head (.safetensors) go beside it.')
-@click.option('--train-images', type=int, help='Use at most so many.')
-@click.option('--test-images', type=int)
+@click.option('--train-images', type=click.IntRange(20), help='Use at most so many.')
+@click.option('--test-images', type=click.IntRange(1))
 @click.option('--seed', type=int, help="Of the head; default the run's.")
 @click.option('--name', help="What the result is called; default the run's name.")
 @click.option('--tier')
@@ -390,8 +391,8 @@ def depth_(run, words, train_data, test_data, out, **kw):
 @click.option('--rank-images', type=click.IntRange(2), default=25_600, show_default=True, help='Of RankMe; fewer when there are fewer.')
 @click.option('--lidar-images', type=click.IntRange(2), default=1000, show_default=True)
 @click.option('--lidar-views', type=click.IntRange(2), default=50, show_default=True, help='Of each image.')
-@click.option('--train-images', type=int, help='Fit the probes to at most so many.')
-@click.option('--test-images', type=int)
+@click.option('--train-images', type=click.IntRange(20), help='Fit the probes to at most so many.')
+@click.option('--test-images', type=click.IntRange(1))
 @click.option('--tier')
 def ranks(run, train_data, test_data, out, **kw):
     "RankMe, LiDAR and a probe of the checkpoints that RUN keeps (run.keep_at), to see how well the scores judge."
@@ -573,6 +574,16 @@ def spent(
         rows[f.parent.name] = 0, n+1, s+float(f.read_text().splitlines()[1].split('\t')[0])
     return [(rule, n, n*budget.get(rule, 0.), s) for rule, (_, n, s) in rows.items()]
 
+def check_images(
+    data:dict,  # of a tier
+    folder:str, # what $DATA will be
+):
+    "Refuse to begin without the images that every run needs."
+    for split in ('train', 'test'):
+        path = str(data[split].get('path', '')).replace('$DATA', folder)
+        if path and '{' not in path and '://' not in path and not glob(os.path.expandvars(path)):
+            raise CliError(f"data.{split}: there is no {path}; DATA={folder} says where images are, README's section 'Real images' how to make them")
+
 @cli.command()
 @click.option('--tier', default='quick', show_default=True)
 @click.option('--cores', type=click.IntRange(1), default=2, show_default=True, help='Jobs side by side.')
@@ -585,9 +596,11 @@ def reproduce(tier, cores, folder, shipped, dry, more):
     in_clone()
     die_with_parent()
     file = f'params/{tier}.yaml'
-    budget = read_tier(file).get('seconds', {})
+    settings = read_tier(file)
+    budget = settings.get('seconds', {})
     command = [sys.executable, '-m', 'snakemake', '--configfile', file, '--cores', str(cores), *more]
     if shipped: command += ['--forcerun', 'figure', '--config', 'shipped=true']
+    if not (dry or shipped): check_images(settings['data'], folder)
     if dry: raise SystemExit(subprocess.call([*command, '--dry-run', '--quiet', 'host'], env=graph_environment(folder)))
     with only_start():
         wait_for_orphans()

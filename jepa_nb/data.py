@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from braceexpand import braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
@@ -448,7 +448,8 @@ def _files(path, split):
     "Files of a glob or brace pattern, or of a folder of shards `split-*.tar`."
     pattern = f'{escape(str(path))}/{split}-*.tar*' if Path(path).is_dir() else str(path)
     twin = lambda p: p[:-3] if p.endswith('.tar.gz') else f'{p}.gz' # a recipe means the same shards, packed or not
-    found = chain(*(sorted(glob(p, recursive=True) or glob(twin(p), recursive=True)) for p in braceexpand(pattern)))
+    try: found = list(chain(*(sorted(glob(p, recursive=True) or glob(twin(p), recursive=True)) for p in braceexpand(pattern))))
+    except UnbalancedBracesError: raise DataError(f"{pattern}: a brace is not closed; a pattern is 'x/train-{{00..09}}.tar'") from None
     if Path(path).is_file(): found = [path]
     out = [Path(f) for f in dict.fromkeys(found) if re.search(r'[.](tar|tar[.]gz|tgz)$', str(f))]
     if out: return out

@@ -61,7 +61,7 @@ class DiffMoE(nn.Module):
     def forward(self, x:Tensor, lay:Layout, raw:Tensor|None=None)->tuple[Tensor,Tensor|None]: # [n d] -> [n d], loss of the capacity predictor
         gate = (torch.tanh(self.gate(x).float()) + 1)/2           # [n e]
         if lay.is_real is not None: gate = gate.masked_fill(~lay.is_real[:, None], -1.)
-        if not self.training and self.seen: return by_threshold(self, x, gate, lay), None
+        if not self.training: return by_threshold(self, x, gate, lay), None
         y, ids = by_choice(self, x, gate, lay)
         return y, learn_choice(self, x, ids, lay) if self.training and ids is not None else None
 
@@ -96,8 +96,8 @@ def follow_threshold(moe:DiffMoE, p:Tensor, k:int, lay:Layout): # p [n e]
     moe.threshold.lerp_(kth, torch.where(moe.seen, 1-moe.beta, 1.).to(kth)); moe.seen.fill_(True)
 
 def by_threshold(moe:DiffMoE, x:Tensor, gate:Tensor, lay:Layout)->Tensor: # [n d] -> [n d]
-    "Inference: each token on its own, by the capacity predictor and the thresholds."
-    takes = moe.predict(x).float().sigmoid() >= moe.threshold      # [n e]
+    "Inference: each token on its own, by the capacity predictor and the thresholds; before there are any, to the expert that wants it most."
+    takes = moe.predict(x).float().sigmoid() >= moe.threshold if moe.seen else F.one_hot(gate.argmax(1), moe.experts).bool() # [n e]
     if lay.is_real is not None: takes &= lay.is_real[:, None]
     expert, token = takes.T.nonzero().unbind(1)                    # sorted by expert
     y = torch.zeros_like(x)

@@ -674,19 +674,22 @@ def fit_patches(
 @torch.inference_mode()
 def encode(
     model,               # path of a run or checkpoint, JEPA (its teacher), or Encoder
-    images,              # a list of arrays, tensors, PIL images or paths, in any mix and size
+    images,              # an image, or a list of arrays, tensors, PIL images or paths, in any mix and size
     depth:int=-1,        # 0 is the patch embedding, -1 the last block; features are taken before the output norm
     side:int|None=None,  # pixels: central squares of this size; None keeps aspect and size, up to `largest`
     largest:int|None=None, # longest side in patches; None is the recipe's when `model` is a path, else 16
     batch:int=64,        # images of one size at a time
     condition=None,      # see `extract`
 )->tuple[Tensor,list[Tensor]]: # pooled [i d], and dense [y x d] of every image
-    "Features of images, pooled and dense."
+    "Features of images, pooled and dense; of a single image, too."
+    if isinstance(images, (str, Path, Image.Image)) or getattr(images, 'ndim', 4) < 4: images = [images]
+    if not len(images): raise ValueError("no images to encode")
     if isinstance(model, (str, Path)):
         model, cfg = open_run(model, parts=('teacher',))
         largest = largest or cfg.scale.max_side
     encoder = open_encoder(model)
-    device, patch, groups = next(encoder.parameters()).device, encoder.patch, {}
+    device, patch, groups, depths = next(encoder.parameters()).device, encoder.patch, {}, range(len(encoder.blocks)+1)
+    if not -len(depths) <= depth < len(depths): raise ValueError(f"depth {depth}: this encoder has 0 to {depths[-1]}, or -{len(depths)} to -1 from the end")
     if side is not None and side%patch: raise ValueError(f"patches of {patch} px do not tile a side of {side} px; {side//patch*patch or patch} would do")
     for k, image in enumerate(images):
         x = read_image(image)
@@ -698,7 +701,7 @@ def encode(
             ids, xs = zip(*group[j:j+batch])
             tokens = Tokens(*(t.to(device) for t in image_tokens(torch.stack(xs), patch)))
             extra = told_whole(encoder, tokens, condition)
-            h = encoder.hidden(tokens, [range(len(encoder.blocks)+1)[depth]], extra=extra, keep_extra=in_mean(encoder))[0].float().cpu()
+            h = encoder.hidden(tokens, [depths[depth]], extra=extra, keep_extra=in_mean(encoder))[0].float().cpu()
             pooled.update(zip(ids, h.mean(1)))
             dense.update(zip(ids, rearrange(h[:, :tokens.sample.shape[1]], 'b (y x) d -> b y x d', y=H//patch)))
     return torch.stack([pooled[k] for k in range(len(pooled))]), [dense[k] for k in range(len(dense))]

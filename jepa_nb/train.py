@@ -276,9 +276,12 @@ def ship(
     parts=PARTS,
 )->Path:
     "Write the small form of a checkpoint, half the size of its weights."
+    out = Path(out)
+    ours = {'config.yaml', 'model.safetensors', 'trained.json', 'SHA256SUMS', 'log.jsonl', 'eval', '.lock'}
+    if out.exists() and not (out.is_dir() and {f.name for f in out.iterdir()} <= ours and out.resolve() != Path(run).resolve()):
+        raise RunError(f"{out}: is there and is not a shipped folder that may be replaced; give another name")
     jepa, cfg = open_run(run, step, parts)
     small = {k:v.to(torch.bfloat16) if v.is_floating_point() and v.ndim > 1 else v for k, v in jepa.state_dict().items()}
-    out = Path(out)
     with new_folder(out) as tmp:
         save_file(_cpu(small), tmp/'model.safetensors')
         save_config(cfg, tmp/'config.yaml')
