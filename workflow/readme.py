@@ -19,7 +19,8 @@ def table1(tier):
     with open(FIGURES/'fn_table1.csv') as f: rows = [r for r in csv.DictReader(f) if r['acc']]
     about = json.loads((FIGURES/'fn_table1.json').read_text())
     base = max(float(r['acc_max']) for r in rows if r['ours'] in ('random init', 'raw pixels'))
-    out = [f"{TIERS[tier]}, {json.loads((FIGURES/'checkpoints/baselines/pixels.json').read_text())['n_test']:,} test images (`{about['notes']['data']}`), accuracy in %, mean over seeds [smallest, largest]; "
+    probe = json.loads((FIGURES/'checkpoints/fn_ln/seed0/eval/probe.json').read_text())
+    out = [f"{TIERS[tier]}, {probe['n_train']:,} training and {probe['n_test']:,} test images (`{about['notes']['data']}`), accuracy in %, mean over seeds [smallest, largest]; "
            "the probe is fitted to convergence, its depth chosen on held-out training images:", '',
            '| features | linear probe | least seed above the better baseline | k-NN | images seen | seeds |', '|---|---|---|---|---|---|']
     for r in rows:
