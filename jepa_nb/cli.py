@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['JOBS', 'TIER_KEYS', 'POOLING_OPTIONS', 'DEPTH_OPTIONS', 'REFUSALS', 'PUBLIC', 'CliError', 'is_ours', 'known',
-           'die_with_parent', 'join_graph', 'figure_parameters', 'in_clone', 'figure_notebook', 'words_of',
-           'check_resumes', 'check_pooling', 'read_sets', 'options_of', 'check_entry', 'read_tier', 'Verbs', 'cli',
-           'seed_folder', 'train', 'move_aside', 'numbers', 'pooling', 'pooling_name', 'read_sets_file', 'eval_',
+           'die_with_parent', 'join_graph', 'figure_parameters', 'check_parameter', 'in_clone', 'figure_notebook',
+           'words_of', 'check_resumes', 'check_pooling', 'read_sets', 'options_of', 'check_entry', 'read_tier', 'Verbs',
+           'cli', 'seed_folder', 'train', 'move_aside', 'numbers', 'pooling', 'pooling_name', 'read_sets_file', 'eval_',
            'tell_probe', 'depth_', 'ranks', 'figure', 'yaml_value', 'run_notebook', 'data', 'shards', 'tell_shards',
            'cifar10', 'scenes', 'ship', 'convert', 'public', 'digits', 'only_start', 'wait_for_orphans', 'spent',
-           'check_images', 'reproduce', 'graph_environment', 'run_child', 'main']
+           'absent', 'check_images', 'reproduce', 'graph_environment', 'run_child', 'main']
 
 # %% ../nbs/51_cli.ipynb #a30213ce
 import ast
@@ -79,13 +79,21 @@ DEPTH_OPTIONS = ('train', 'test', 'train_images', 'test_images') # of a tier's d
 
 def figure_parameters(
     notebook:Path, # with a cell tagged `parameters`
-)->list[str]:      # the names that the cell assigns
+)->dict:           # the names that the cell assigns, and their defaults
     "What a figure can be told."
     cells = json.loads(Path(notebook).read_text())['cells']
     source = [''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', ())]
     if not source: raise CliError(f"{notebook}: no cell is tagged parameters, papermill would draw its defaults")
-    assigned = [t for n in ast.parse(source[0]).body for t in (n.targets if isinstance(n, ast.Assign) else [n.target] if isinstance(n, ast.AnnAssign) else [])]
-    return [t.id for t in assigned if isinstance(t, ast.Name)]
+    assigned = [(t, n.value) for n in ast.parse(source[0]).body for t in (n.targets if isinstance(n, ast.Assign) else [n.target] if isinstance(n, ast.AnnAssign) else [])]
+    return {t.id:ast.literal_eval(v) for t, v in assigned if isinstance(t, ast.Name)}
+
+def check_parameter(stem:str, name:str, value, default):
+    "Refuse a value of another kind than the default, and a count below one; what may be nothing by default is the notebook's to check."
+    wanted = {int:'a whole number', float:'a number', str:'a text', list:'a list'}.get(type(default))
+    like = isinstance(value, (int, float) if isinstance(default, float) else type(default)) and not isinstance(value, bool)
+    if wanted and not like: raise CliError(f"{stem}: {name} should be {wanted}, such as {default!r}, not {value!r}")
+    least = 0 if default == 0 or name in ('moved', 'warm') else 1
+    if isinstance(default, int) and value < least: raise CliError(f"{stem}: {name} should be {least} or more, not {value}")
 
 def in_clone():
     "Refuse to look for notebooks and rules where there are none."
@@ -202,6 +210,7 @@ def read_tier(
             names = figure_parameters(figure_notebook(stem))
             for part in ('runs', 'params'): check_entry(f'figure {stem}: {part}', fig.get(part, {}))
             for k in (*fig.get('runs', {}), *fig.get('params', {})): known(f'parameter of {stem}', k, names)
+            for k, v in fig.get('params', {}).items(): check_parameter(stem, k, v, names[k])
             for given in fig.get('runs', {}).values():
                 for r in given if isinstance(given, list) else [given]: known('run', r, tier['runs'])
     except (CliError, ConfigError) as e: raise CliError(f"{path}: {str(e).removeprefix(f'{path}: ')}") from None
@@ -291,7 +300,7 @@ def read_sets_file(path:str, only=())->dict:
 @click.option('--train', 'train_data', metavar='DATA', help="Labelled images for the probe: 'folder/train-*.tar', a folder, or scenes; default the run's own.")
 @click.option('--test', 'test_data', metavar='DATA', help="Labelled images that it is tested on; default the test half of the run's own.")
 @click.option('--out', metavar='FILE', help='Default: eval/probe.json in the run folder.')
-@click.option('--side', type=click.IntRange(1), help='Pixels; default the largest side of training.')
+@click.option('--side', type=click.IntRange(1, 4096), help='Pixels; default the largest side of training.')
 @click.option('--protocol', type=click.Choice(['lbfgs', 'adam', 'in1k', 'ood_step', 'ood_cosine']), default='lbfgs', show_default=True,
               help="Of the probe: to convergence; FN's; EC's for ImageNet, and for other sets (CIFAR and its like; CLEVR).")
 @click.option('--epochs', type=click.IntRange(1), help="Default: the protocol's; a schedule shrinks with them.")
@@ -415,6 +424,7 @@ def figure(stem, given, out, log):
     notebook = figure_notebook(stem)
     names = figure_parameters(notebook)
     values = {known(f'parameter of {stem}', k, names):yaml_value(k, v) for k, v in given}
+    for k, v in values.items(): check_parameter(stem, k, v, names[k])
     out = out or f'figures/own/{stem}'
     if 'out' in names: values['out'] = out
     run_notebook(notebook, values, Path(log or f'{out}.ipynb'))
@@ -574,15 +584,18 @@ def spent(
         rows[f.parent.name] = 0, n+1, s+float(f.read_text().splitlines()[1].split('\t')[0])
     return [(rule, n, n*budget.get(rule, 0.), s) for rule, (_, n, s) in rows.items()]
 
-def check_images(
-    data:dict,  # of a tier
-    folder:str, # what $DATA will be
-):
-    "Refuse to begin without the images that every run needs."
+def absent(
+    entry:dict, # of a tier's file, whose values may be patterns of files under $DATA
+    folder:str, # what $DATA is
+)->str|None:
+    "The first pattern under $DATA that no file fits; one with braces or an address is not looked up."
+    paths = [v.replace('$DATA', folder) for v in entry.values() if isinstance(v, str) and v.startswith('$DATA') and '{' not in v]
+    return next((p for p in paths if not glob(os.path.expandvars(p))), None)
+
+def check_images(data:dict, folder:str):
+    "Refuse to begin without the images that every run of a tier needs."
     for split in ('train', 'test'):
-        path = str(data[split].get('path', '')).replace('$DATA', folder)
-        if path and '{' not in path and '://' not in path and not glob(os.path.expandvars(path)):
-            raise CliError(f"data.{split}: there is no {path}; DATA={folder} says where images are, README's section 'Real images' how to make them")
+        if path := absent(data[split], folder): raise CliError(f"data.{split}: there is no {path}; DATA={folder} says where images are, README's section 'Real images' how to make them")
 
 @cli.command()
 @click.option('--tier', default='quick', show_default=True)

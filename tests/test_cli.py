@@ -65,6 +65,10 @@ def jepa_nb(*words, cwd=ROOT, **env):
     (['figure', 'fn_fig1'], 1, 'fn_fig1: no such figure'),
     (['reproduce', '--tier', 'quik'], 1, 'did you mean quick?'),
     (['figure', 'fn_fig2_loss_maps', '-p', 'ln', '[a'], 1, "ln: '[a' is not YAML"),
+    (['figure', 'fn_fig2_loss_maps', '-p', 'images', '-3'], 1, 'images should be 1 or more, not -3'),
+    (['figure', 'fn_fig2_loss_maps', '-p', 'masks', 'many'], 1, "masks should be a whole number, such as 300, not 'many'"),
+    (['train', RECIPE, 'run.steps=true', '--out', '{tmp}/run'], 1, 'run.steps: should be a number, not true'),
+    (['eval', RECIPE, '--side', '100000'], 2, '--side'),
     (['data', 'scenes', '{tmp}/x', '--images', '0'], 2, '0 is not in the range x>=1'),
 ], ids=lambda v: ' '.join(map(str, v)) if isinstance(v, list) else '')
 def test_refusal(words, code, names, tmp_path):
@@ -114,7 +118,8 @@ def test_figure_without_checkpoint(tmp_path):
     (lambda t: t['runs']['fn_ln'].update(seeds=3), 'seeds should be a list'),
     (lambda t: t['runs']['fn_ln'].update(settings=None), 'should be a mapping'),
     (lambda t: t['figures']['fn_fig5_context_target'].update(params=None), 'should be a mapping'),
-], ids=['setting', 'value', 'entry', 'data set', 'recipe', 'depth head', 'figure parameter', 'resumed step', 'resumed run', 'resumed seed', 'evaluation', 'ranks', 'images', 'seeds', 'no settings', 'no params'])
+    (lambda t: t['figures']['fn_fig5_context_target'].setdefault('params', {}).update(images=True), 'images should be a whole number'),
+], ids=['setting', 'value', 'entry', 'data set', 'recipe', 'depth head', 'figure parameter', 'resumed step', 'resumed run', 'resumed seed', 'evaluation', 'ranks', 'images', 'seeds', 'no settings', 'no params', 'parameter value'])
 def test_tier_is_checked_before_anything_starts(tmp_path, change, names):
     shutil.copytree(ROOT/'nbs/figures', tmp_path/'nbs/figures')
     shutil.copytree(ROOT/'params', tmp_path/'params')
