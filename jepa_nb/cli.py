@@ -367,7 +367,7 @@ def tell_probe(r:dict, out):
 @click.option('--test', 'test_data', metavar='DATA', help="Images with depth that it is tested on; default the test half of the run's own.")
 @click.option('--out', metavar='FILE', help='Default: eval/depth.json in the run folder; errors per image (.npz) and the head (.safetensors) go beside it.')
 @click.option('--train-images', type=click.IntRange(20), help='Use at most so many.')
-@click.option('--test-images', type=click.IntRange(1))
+@click.option('--test-images', type=click.IntRange(2))
 @click.option('--seed', type=int, help="Of the head; default the run's.")
 @click.option('--name', help="What the result is called; default the run's name.")
 @click.option('--tier')

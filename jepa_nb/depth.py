@@ -8,14 +8,14 @@ __all__ = ['EIGEN', 'METRICS', 'KEEP_BYTES', 'eigen_crop', 'square_truth', 'resi
            'shift_scale', 'normalise', 'trimmed', 'known_mean', 'gradients', 'depth_loss', 'plain_scale',
            'depth_errors', 'Pairs', 'Head', 'lr_factor', 'shuffled', 'fit_head', 'fit_metres', 'head_bytes',
            'open_head', 'mean_map', 'at_size', 'test_errors', 'paired_gain', 'evaluate_depth', 'read_depth',
-           'read_errors', 'head_of', 'depth_baselines', 'head_gains', 'depth_maps']
+           'read_errors', 'head_of', 'same_trunk', 'depth_baselines', 'head_gains', 'depth_maps']
 
 # %% ../nbs/42_depth.ipynb #d382e0b3
 import io
 import json
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .conditioning import told_whole
-from .config import Config, ConfigError, DepthConfig, make_depth
+from .config import Config, ConfigError, DepthConfig, load_config, make_depth
 from .data import BadImage, DataError
 from .patches import centre_crop
 from .probes import at, bootstrap, extract, image_tokens, images_seen, open_encoder, read_image, refuse_shared, square, tell_skipped
@@ -146,7 +146,7 @@ class DPT(nn.Module):
         x:Tensor,     # [b 4 d y x], shallowest first
         side:int,     # pixels of the prediction
     )->Tensor:        # [b side side]
-        maps, path = [r(h) for r, h in zip(self.reassemble, x.unbind(1))], None
+        maps, path = [r(h) for r, h in zip(self.reassemble, x.unbind(1), strict=True)], None
         for fuse, h in zip(reversed(self.fuse), reversed(maps)): path = fuse(path, h)
         path = self.narrow(enlarge(path, [2*s for s in path.shape[-2:]]))
         return self.last(enlarge(path, (side, side)))[:, 0]
@@ -521,12 +521,19 @@ def head_of(result:dict)->Head:
     "The head behind a result, its checksum verified."
     return open_head(result['file'].with_suffix('.safetensors'), result['head_sha256'])
 
+def same_trunk(run)->list[Path]:
+    "Run folders beside this one, of its seed, whose encoder differs in nothing but the norm on its output: before training they are one network."
+    def trunk(f):
+        cfg = load_config(weights_file(f).parent/'config.yaml')
+        return replace(cfg.encoder, norm_out='layernorm'), cfg.condition, cfg.scale.max_side
+    return [f for f in sorted(run.parents[0].parent.glob(f'*/{run.name}')) if f != run and weights_file(f) and trunk(f) == trunk(run)]
+
 def depth_baselines(
     runs,              # run folders
     name:str='depth',
 )->list[dict]:
     "The random baselines beside runs: baselines/<run>-seed<k>-<name>.json; runs of one seed that differ in their norm share one."
-    found = [r.parents[1]/'baselines'/f'{r.parent.name}-{r.name}-{name}.json' for r in map(at, runs)]
+    found = [r.parents[1]/'baselines'/f'{f.parent.name}-{f.name}-{name}.json' for r in map(at, runs) for f in (r, *same_trunk(r))]
     return [read_depth(p) for p in dict.fromkeys(found) if p.is_file()]
 
 def head_gains(

@@ -33,6 +33,7 @@ def rankme(
     released:bool=False, # FN's code: eps inside the logarithm only
 )->float:                # between 1 and min(n, d); 0 when all is zero, NaN when anything is not finite
     "Effective number of directions in `z` (RankMe, Garrido 2023); float64 inside."
+    if z.ndim != 2 or not len(z): raise ValueError(f"features of shape {list(z.shape)} are not [n d], n of one or more")
     z = (z.detach().cpu() if z.device.type == 'mps' else z.detach()).double()  # mps has no float64
     if not z.isfinite().all(): return float('nan')
     small = z.T@z if z.shape[0] > z.shape[1] else z@z.T
@@ -243,6 +244,8 @@ def kendall(
 )->float|None:  # in [-1, 1]; a tie counts 0; None where there is no pair
     "Kendall's tau (a): agreeing minus disagreeing pairs, over pairs."
     score, truth = np.asarray(score, dtype=float), np.asarray(truth, dtype=float)
+    if score.shape != truth.shape: raise ValueError(f"{len(score)} scores for {len(truth)} truths")
+    if not np.isfinite([score, truth]).all(): raise ValueError("there are scores that are not finite, which have no order")
     a, b = np.triu_indices(len(score), 1) if pairs is None else np.asarray(pairs, dtype=int).reshape(-1, 2).T
     return float((np.sign(score[a]-score[b])*np.sign(truth[a]-truth[b])).mean()) if len(a) else None
 
