@@ -409,8 +409,10 @@ def ranks(run, train_data, test_data, out, **kw):
     from jepa_nb.train import only_writer, open_run
     cfg, out = open_run(run, parts=('teacher',))[1], out or f'{run}/eval/ranks.json'
     with only_writer(Path(run)): r = rank_checkpoints(run, figure_source(train_data, cfg, 'train'), figure_source(test_data, cfg, 'test'), out, progress=sys.stderr.isatty(), **kw)
-    for c in r['checkpoints']: click.echo(f"{r['run']} seed {r['seed']} step {c['step']}: {c['acc']:.1%}  RankMe {c['rankme']:.1f} (released {c['rankme_released']:.1f})  "
-                                          f"LiDAR {c['lidar']:.1f} (released {c['lidar_released']:.1f})")
+    for c in r['checkpoints']:
+        released = 'there is no student' if c['lidar_released'] is None else f"{c['lidar_released']:.1f}"
+        click.echo(f"{r['run']} seed {r['seed']} {'as converted' if c['step'] is None else 'step '+str(c['step'])}: {c['acc']:.1%}  RankMe {c['rankme']:.1f} (released {c['rankme_released']:.1f})  "
+                   f"LiDAR {c['lidar']:.1f} (released: {released})")
     click.echo(out)
 
 # %% ../nbs/51_cli.ipynb #f7cac44c
@@ -514,6 +516,7 @@ def ship(run, out, teacher, step):
 @click.option('--to', type=click.Choice(['run', 'ijepa', 'hf', 'timm']), help="What OUT becomes; default: .pth.tar is an official I-JEPA file, and somebody else's checkpoint becomes a run.")
 @click.option('--part', type=click.Choice(['target_encoder', 'encoder']), default='target_encoder', show_default=True, help='The network that is evaluated, or the only one that is written.')
 @click.option('--heads', type=click.IntRange(1), help='Of attention, where IN does not say: official files do not.')
+@click.option('--condition', type=click.Choice(['none', 'positions']), help="What its encoders were told in training, where IN does not say: nothing, or positions (EC).")
 def convert(source, out, **kw):
     "Make a run of somebody's I-JEPA checkpoint (official file, Hugging Face, timm), or one of those of a run."
     from jepa_nb.interop import convert

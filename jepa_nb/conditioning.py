@@ -173,12 +173,14 @@ def grid_tokens(
     dim:int,
     kernel:int=4, stride:int=4,
     edge:str='floor',      # or 'ceil', 'adaptive', see ConditionConfig
+    table=None,            # [n d/2], n of as many as the longer side or more: the codes of an encoder that has others than `sincos_codes`
 )->tuple[Tensor,Tensor]:   # [e d] codes, [e 2] places
     "All positions of an image, pooled in two dimensions (EC §2)."
     y, x = grid
     with torch.inference_mode(False), torch.no_grad():
         pos = positions(grid)
-        table = torch.cat((sincos2d(pos, sincos_codes(dim, max(grid))), pos), 1).T.reshape(1, dim+2, y, x)
+        codes = sincos_codes(dim, max(grid)) if table is None or len(table) < max(grid) else table.cpu()
+        table = torch.cat((sincos2d(pos, codes), pos), 1).T.reshape(1, dim+2, y, x)
         if edge == 'adaptive': t = F.adaptive_avg_pool2d(table, tuple(max(1, round(s/stride)) for s in grid))
         else: t = F.avg_pool2d(table, (min(kernel, y), min(kernel, x)), stride, ceil_mode=edge == 'ceil')
         codes, pos = t.flatten(2)[0].T.split((dim, 2), 1)
@@ -188,6 +190,7 @@ def whole_tokens(
     tokens:Tokens,         # whole images, one or several in a row
     dim:int,
     kernel:int=4, stride:int=4, edge:str='floor',
+    table=None,            # see `grid_tokens`
 )->Tokens:                 # [b e d]
     "The tokens that an encoder of whole images is given, in the order of the images."
     b, device = len(tokens.sample), tokens.sample.device
@@ -195,7 +198,7 @@ def whole_tokens(
     image, of = torch.unique(row*(tokens.sample.max()+1) + tokens.sample[row, slot], return_inverse=True)
     if not len(image): return Tokens(torch.zeros(b, 0, dim, device=device), torch.zeros(b, 0, 2, device=device), tokens.sample[:, :0])
     grids = torch.zeros(len(image), 2, device=device).scatter_reduce(0, of[:, None].expand(-1, 2), tokens.pos[row, slot].float(), 'amax').long()+1
-    made = [grid_tokens(tuple(g), dim, kernel, stride, edge) for g in grids.tolist()]
+    made = [grid_tokens(tuple(g), dim, kernel, stride, edge, table) for g in grids.tolist()]
     count = torch.tensor([len(p) for _, p in made], device=device)
     row = image.div(tokens.sample.max()+1, rounding_mode='floor').repeat_interleave(count)
     start = torch.zeros(b, dtype=torch.long, device=device).index_add(0, row, torch.ones_like(row)).cumsum(0).roll(1); start[0] = 0
@@ -224,7 +227,7 @@ def told_whole(
     "Its extra tokens at inference, f(x, all p) (EC §2)."
     pooling, own = condition_of(encoder, condition), encoder.conditioner
     if pooling is None: return None
-    extra = whole_tokens(tokens, encoder.dim, *pooling, own.how.edge if own is not None else 'floor')
+    extra = whole_tokens(tokens, encoder.dim, *pooling, own.how.edge if own is not None else 'floor', encoder.codes)
     return extra if own is None else own.dress(extra)
 
 def in_mean(encoder)->bool:

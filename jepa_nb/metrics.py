@@ -225,6 +225,7 @@ def rank_scores(
     lidar_views:int=50,
     seed:int=0,             # of images and views
     progress=None,          # text of the progress bars
+    student:bool=True,      # False: there is none, so LiDAR as the authors computed it, on the student's tokens, is None
 )->dict:                    # `SCORES`
     "RankMe and LiDAR, as published and as FN's authors computed them (FN §8.2)."
     check_scores(source, lidar_images, lidar_views)
@@ -234,7 +235,7 @@ def rank_scores(
         z = torch.cat(list(square_features(jepa.teacher, images(n, 'RankMe'), side)))
         return dict(rankme=rankme(z), rankme_released=rankme(batch_tokens(jepa, source), released=True),
                     lidar=lidar(whole_views(jepa, images(lidar_images, 'LiDAR'), lidar_views, seed)),
-                    lidar_released=lidar(context_views(jepa, images(lidar_images, 'LiDAR, released'), lidar_views, seed), delta=1e-6, eps=1e-6))
+                    lidar_released=lidar(context_views(jepa, images(lidar_images, 'LiDAR, released'), lidar_views, seed), delta=1e-6, eps=1e-6) if student else None)
 
 # %% ../nbs/31_metrics.ipynb #ddd1d9a4
 def kendall(

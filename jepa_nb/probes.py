@@ -6,9 +6,10 @@
 __all__ = ['SHOWN', 'PENALTIES', 'T95', 'square', 'image_tokens', 'squash', 'inner', 'crop_and_flip', 'mirrored', 'views',
            'probe_choices', 'open_encoder', 'tell_skipped', 'squares', 'extract', 'fit_linear', 'hits', 'fit_logistic',
            'probe_depth', 'linear_probe', 'knn', 'raw_pixels', 'bootstrap', 'labelled', 'decoded', 'refuse_shared',
-           'questions', 'trained', 'images_seen', 'evaluate', 'evaluate_sets', 'kept', 'step_of', 'rank_checkpoints',
-           'at', 'find_runs', 'read_probe', 'read_ranks', 'read_baselines', 'above_baselines', 'figure_source',
-           'paired', 'paired_interval', 'stands_above', 'verdict', 'read_image', 'fit_patches', 'encode']
+           'questions', 'trained', 'images_seen', 'evaluate', 'evaluate_sets', 'kept', 'step_of', 'has_part',
+           'rank_checkpoints', 'at', 'find_runs', 'read_probe', 'read_ranks', 'read_baselines', 'above_baselines',
+           'figure_source', 'paired', 'paired_interval', 'stands_above', 'verdict', 'read_image', 'fit_patches',
+           'encode']
 
 # %% ../nbs/40_probes.ipynb #e46d4abe
 import io
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -494,10 +496,16 @@ def kept(run:str|Path)->list[Path]:
     keep_at = open_run(found[-1], parts=('teacher',))[1].run.keep_at
     return [c for c in found if c == found[-1] or step_of(c) in keep_at]
 
-def step_of(checkpoint:Path)->int:
-    "The number of updates behind a checkpoint."
-    if 'step' not in trained(checkpoint): raise RunError(f"{short(checkpoint)}: does not say after how many updates it was written")
-    return trained(checkpoint)['step']
+def step_of(checkpoint:Path)->int|None:
+    "The number of updates behind a checkpoint; None where it is somebody else's, made a run by `convert`."
+    weights = weights_file(checkpoint)
+    if 'step' in trained(checkpoint): return trained(checkpoint)['step']
+    if weights and (weights.parent/'origin.json').is_file(): return None
+    raise RunError(f"{short(checkpoint)}: does not say after how many updates it was written")
+
+def has_part(checkpoint, part:str)->bool:
+    "Whether a checkpoint holds this network; a small form may hold the teacher alone."
+    with safe_open(weights_file(checkpoint), 'pt') as f: return any(k.startswith(f'{part}.') for k in f.keys())
 
 def rank_checkpoints(
     run:str|Path,            # a run folder
@@ -513,11 +521,11 @@ def rank_checkpoints(
     check_scores(train, lidar_images, lidar_views)
     rows, folders = [], kept(run)
     cfg = open_run(folders[-1], parts=('teacher',))[1]
-    for folder in [None, *folders]:
-        step = step_of(folder) if folder else 0
-        jepa = (open_run(folder, parts=('encoder', 'teacher'))[0] if folder else random_model(cfg)).to(device)
-        scores = rank_scores(jepa, train, rank_images, lidar_images, lidar_views, progress=f'step {step}' if progress else None)
-        p = evaluate(folder or cfg, train, test, out and Path(out).with_name(f'probe_step_{step:08d}.json'), side, train_images=train_images, test_images=test_images,
+    for folder, step in [(None, 0), *((f, step_of(f)) for f in folders)]:
+        student, named = folder is None or has_part(folder, 'encoder'), 'of no known step' if step is None else f'step {step}'
+        jepa = (open_run(folder, parts=('encoder', 'teacher') if student else ('teacher',))[0] if folder else random_model(cfg)).to(device)
+        scores = rank_scores(jepa, train, rank_images, lidar_images, lidar_views, progress=named if progress else None, student=student)
+        p = evaluate(folder or cfg, train, test, out and Path(out).with_name('probe_converted.json' if step is None else f'probe_step_{step:08d}.json'), side, train_images=train_images, test_images=test_images,
                      name=cfg.run.name, seed=cfg.run.seed, tier=tier, progress=progress)
         rows.append(dict(step=step, images=p['images_seen'], acc=p['acc_chosen'], low=p['acc_interval'][0], high=p['acc_interval'][1], depth=p['chosen_depth'],
                          knn=p['knn_chosen'], **scores, sha256=p['checkpoint_sha256']))
@@ -557,11 +565,15 @@ def read_probe(
     raise RunError(f"{short(path)}: not evaluated{'' if name == 'probe' else f' on {name}'}; `jepa_nb eval {short(path)}` does it")
 
 def read_ranks(
-    run, # a run folder
+    run,              # a run folder
+    along:bool=False, # for a figure about the course of training: updates must be known
 )->dict:
     "What `rank_checkpoints` left for a run."
     for p in (at(run)/'eval'/'ranks.json', at(run)/'ranks.json'):
-        if p.is_file(): return json.loads(p.read_text())
+        if not p.is_file(): continue
+        found = json.loads(p.read_text())
+        if along and any(c['step'] is None for c in found['checkpoints']): raise RunError(f"{short(run)}: was converted, and nobody says after how many updates it was written; this figure is about the course of training")
+        return found
     raise RunError(f"{short(run)}: its checkpoints have no rank scores; `jepa_nb ranks {short(run)}` takes them")
 
 def read_baselines(

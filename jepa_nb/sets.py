@@ -220,8 +220,9 @@ def eurosat(open_)->Listing:
     for n in sorted(f.at):
         if m := re.fullmatch(r'(?:.*/)?([^/]+)/\1_\d+\.jpe?g', n): found.setdefault(m[1], []).append(n)
     if not found: raise Missing(f"{f.path}: no <class>/<class>_<number>.jpg in it")
-    (a, b), classes, splits = EUROSAT_SPLIT, sorted(found), dict(train=[], test=[])
+    (whole_a, whole_b), classes, splits = EUROSAT_SPLIT, sorted(found), dict(train=[], test=[])
     for k, c in enumerate(classes):
+        a, b = (whole_a, whole_b) if len(found[c]) > whole_a else (n := 2*len(found[c])//3, len(found[c])-n) # too few for any to be left: the same shares
         for split, names in (('train', found[c][:a]), ('test', found[c][a:a+b])): splits[split] += [Item(_key(os.path.basename(n)), n, k) for n in names]
     return Listing(classes, splits, dict(train=f, test=f))
 
@@ -248,8 +249,10 @@ def scene_facts(
     scene:dict,   # one of CLEVR's scene descriptions
 )->dict:          # count, distance
     "How many objects a scene has, and how far the nearest is."
-    objects = scene['objects']
-    return dict(count=len(objects), distance=min(float(o['pixel_coords'][2]) for o in objects))
+    depths = [o['pixel_coords'][2] for o in scene['objects']]
+    if wrong := [d for d in depths if isinstance(d, bool) or not isinstance(d, (int, float)) or not 0 <= d < float('inf')]:
+        raise ValueError(f"{scene.get('image_filename', 'a scene')}: an object at a distance of {wrong[0]!r}")
+    return dict(count=len(depths), distance=float(min(depths)))
 
 def clevr(open_)->Listing:
     "CLEVR v1.0: no labels but facts; its validation images are the test images."
@@ -258,7 +261,7 @@ def clevr(open_)->Listing:
     for split, part in (('train', 'train'), ('test', 'val')):
         where = f'{root}scenes/CLEVR_{part}_scenes.json'
         try: items = [Item(_key(s['image_filename']), f"{root}images/{part}/{s['image_filename']}", None, scene_facts(s)) for s in json.loads(f.text(where))['scenes']]
-        except (KeyError, TypeError, ValueError, IndexError) as e:
+        except (KeyError, TypeError, ValueError, IndexError, RecursionError) as e:
             if isinstance(e, DataError): raise
             raise DataError(f"{f.path}: {where} is not a list of CLEVR's scenes ({type(e).__name__}: {e})") from None
         if lacking := [i.data for i in items if i.data not in f.at]: raise DataError(f"{f.path}: {len(lacking)} images of {where} are not in it, e.g. {lacking[0]}")

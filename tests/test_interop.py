@@ -13,14 +13,16 @@ import torch
 import yaml
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from torch.testing import assert_close
 
+from jepa_nb.conditioning import told_whole
 from jepa_nb.config import make_config
 from jepa_nb.data import open_source
 from jepa_nb.interop import InteropError, convert, read_any, stretched
 from jepa_nb.layers import sincos2d, sincos_codes
 from jepa_nb.patches import positions
-from jepa_nb.probes import encode, evaluate, extract, image_tokens
+from jepa_nb.probes import encode, evaluate, extract, image_tokens, rank_checkpoints
 from jepa_nb.train import open_run, ship, train
 
 PLAIN = dict(position='sincos', qk_norm=False, attn_bias=True, norm_eps=1e-6, gelu='exact', pixels='imagenet')
@@ -30,7 +32,11 @@ sizes = pytest.mark.parametrize('size', SIZES, ids=lambda s: f"{s['patch']}-{s['
 
 
 @pytest.fixture
-def hf(): return pytest.importorskip('transformers', reason="transformers is not installed: pip install '.[interop]'")
+def hf():
+    transformers = pytest.importorskip('transformers', reason="transformers is not installed: pip install '.[interop]'")
+    try: transformers.IJepaModel
+    except Exception as e: pytest.skip(f"transformers cannot load its I-JEPA here: {type(e).__name__}: {str(e).splitlines()[0]}") # a torchvision beside another torch
+    return transformers
 
 
 @pytest.fixture
@@ -228,17 +234,23 @@ def test_a_conditioned_run_has_the_same_tensors(tmp_path):
     assert any('conditioning tokens' in line for line in said)
     back = convert(tmp_path/'x.pth.tar', tmp_path/'back')
     told, off = extract(run, images, 96, norm='behind'), extract(run, images, 96, norm='behind', condition='off')
-    assert torch.equal(extract(back, images, 96, norm='behind', condition=(4, 4)), told) and torch.equal(extract(back, images, 96, norm='behind'), off)
+    assert torch.equal(extract(back, images, 96, norm='behind'), told) and torch.equal(extract(back, images, 96, norm='behind', condition='off'), off)
+    assert torch.equal(extract(convert(convert(run, tmp_path/'hf', to='hf'), tmp_path/'back_hf'), images, 96, norm='behind'), told)
+    plain = convert(tmp_path/'x.pth.tar', tmp_path/'plain', condition='none')
+    assert torch.equal(extract(plain, images, 96, norm='behind'), off) and torch.equal(extract(plain, images, 96, norm='behind', condition=(4, 4)), told)
+    with pytest.raises(InteropError, match='is a run, which says itself'): convert(run, tmp_path/'no.pth.tar', condition='positions')
+    torch.save(torch.load(tmp_path/'x.pth.tar', weights_only=True) | dict(condition=dict(kind='spells')), tmp_path/'odd.pth.tar')
+    with pytest.raises(InteropError, match='its entry condition cannot be read'): convert(tmp_path/'odd.pth.tar', tmp_path/'no')
     assert not torch.allclose(told[:, -1], off[:, -1], atol=1e-4)
     our_run(SIZES[3], tmp_path/'marked', dict(kind='positions', mark='type'))
     with pytest.raises(InteropError, match='condition.mark=type has weights of its own'): convert(tmp_path/'marked', tmp_path/'no', to='hf')
 
 
 def test_official_file_is_tensors_and_numbers(tmp_path):
-    "What we write is what the authors' code expects, and needs no unpickling of anything else."
+    "What we write is what the authors' reader asks for up to the weights (its optimiser comes after them), and needs no unpickling of anything else."
     run = our_run(SIZES[3], tmp_path/'run')
     d = torch.load(convert(run, tmp_path/'x.pth.tar'), weights_only=True)
-    assert list(d) == ['encoder', 'target_encoder', 'predictor', 'heads']
+    assert list(d) == ['encoder', 'target_encoder', 'predictor', 'epoch', 'loss', 'batch_size', 'world_size', 'lr', 'heads']
     keys = [k.removeprefix('module.') for k in d['predictor']]
     assert all(k.startswith('module.') for part in list(d)[:3] for k in d[part]) and keys[:3] == ['predictor_pos_embed', 'mask_token', 'predictor_embed.weight']
     assert d['encoder']['module.pos_embed'].shape == (1, 144, 32) and d['encoder']['module.patch_embed.proj.weight'].shape == (32, 3, 8, 8)
@@ -248,3 +260,24 @@ def test_official_file_is_tensors_and_numbers(tmp_path):
     half = {k:{n:t.bfloat16() for n, t in v.items()} if isinstance(v, dict) else v for k, v in d.items()}
     torch.save(half, tmp_path/'half.pth')
     assert open_run(convert(tmp_path/'half.pth', tmp_path/'half'))[0].teacher.embed.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize('to', ['x.pth.tar', 'hf'])
+def test_rank_scores_of_a_converted_checkpoint(tmp_path, to):
+    "Nobody says after how many updates it was written; where there is no student, what needs one is left out."
+    run, images = our_run(SIZES[3], tmp_path/'run'), open_source('scenes', images=40, side=96)
+    test, back = open_source('scenes', images=20, side=96, split='test'), convert(convert(run, tmp_path/to, to=None if '.' in to else to), tmp_path/'back')
+    first, last = rank_checkpoints(back, images, test, None, rank_images=20, lidar_images=10, lidar_views=3, progress=False)['checkpoints']
+    assert first['step'] == 0 and last['step'] is None and last['rankme'] > 1 and (last['lidar_released'] is None) == (to == 'hf')
+
+
+def test_conditioning_pools_the_positions_that_the_encoder_has(tmp_path):
+    "Of a table that was stretched, stretched positions are pooled (EC §2)."
+    run = our_run(SIZES[3], tmp_path/'run', dict(kind='positions'))
+    plain = open_run(run, parts=('teacher',))[0].teacher
+    wide = stretched(plain, 12, 16)
+    row = image_tokens(torch.zeros(1, 128, 128, 3, dtype=torch.uint8), 8)
+    want = F.avg_pool2d(sincos2d(row.pos[0], wide.codes).T.reshape(1, 32, 16, 16), 4)[0].flatten(1).T
+    assert_close(told_whole(wide, row).x[0], want)
+    assert not torch.allclose(told_whole(plain, row).x[0], want, atol=1e-2)
+    with pytest.raises(InteropError, match='images are square'): stretched(plain, 12, (16, 8))

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from jepa_nb.data import BadImage, DataError, file_md5, open_source
-from jepa_nb.sets import PUBLISHED, SETS, checksum, open_files, shards_from_public, task_labels
+from jepa_nb.sets import PUBLISHED, SETS, checksum, open_files, scene_facts, shards_from_public, task_labels
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -142,6 +142,17 @@ def test_eurosat(tmp_path):
     train, test = (labels(open_source('shards', str(tmp_path/'out'), split=s)) for s in ('train', 'test'))
     order = sorted(f'River_{i}.jpg' for i in range(1, 1004))
     assert len(train) == 2000 and sorted(k for k, y in test.items() if y == 1) == sorted(n[:-4] for n in order[1000:]) and sum(train.values()) == 1000
+
+def test_a_part_of_eurosat(tmp_path):
+    "Twelve images of a class are split in the same shares; all would be for training else."
+    (tmp_path/'from').mkdir()
+    (tmp_path/'from/EuroSAT.zip').write_bytes(zipped({f'2750/{c}/{c}_{i}.jpg':photo(i) for c in ('Forest', 'River') for i in range(1, 13)}))
+    made('eurosat', tmp_path/'out', tmp_path/'from')
+    assert [len(labels(open_source('shards', str(tmp_path/'out'), split=s))) for s in ('train', 'test')] == [16, 8]
+
+@pytest.mark.parametrize('distance', [float('nan'), -1., '9', True])
+def test_scene_facts_refuses_a_distance_that_is_none(distance):
+    with pytest.raises(ValueError, match='an object at a distance of'): scene_facts(dict(objects=[dict(pixel_coords=[1, 2, 9.]), dict(pixel_coords=[1, 2, distance])]))
 
 def test_sun397(tmp_path):
     made('sun397', tmp_path/'out', archives('sun397', tmp_path/'from'))
