@@ -161,7 +161,8 @@ def facts(
     if not pair: raise Untested(f"fn_table1 has no row {' or '.join(map(str, rows))}")
     least = lambda k: min((v for r in pair if (v := number(r.get(k))) is not None), default=None)
     images, side, window, patch = (None if (v := least(k)) is None else int(v) for k in ('images_seen', 'side', 'window', 'patch'))
-    ours = [v for n in rows for v in row(tables, n).values()]
+    ours = [v for r in pair for v in seeds_of(r.get('acc_by_seed')).values()]
+    if not ours: row(tables, rows[0]) # says what is missing
     base = {kind:[v for r in tables['fn_table1'] if r.get('ours') == kind for v in seeds_of(r.get('acc_by_seed')).values()] for kind in ('random init', 'raw pixels')}
     above = min(ours) > max(sum(base.values(), [])) if all(base.values()) else None
     return Facts(images, side, window, side/(patch*window) if side and patch and window else None, above, pair[0].get('data') or '')

@@ -35,9 +35,8 @@ def tier(side=1, seeds=3, noise=.05, images=10**6, above=True, window=2, device=
     t['fn_fig1_loss_distribution'] = [
         dict(norm=n, seed=k, level=level, statistic=s, value=(1000+shared(k))*np.exp(push(k)*(n == TANH)))
         for n in order for k in order[n] for level in ('channel', 'token') for s in ('tail_index', 'kurtosis', 'variation')]
-    ratio = lambda n, k: (10+k)*np.exp(push(k)*(n == LN))
-    t['fn_fig3_mean_loss_map'] = [dict(norm=n, seed=k, statistic=s, value=ratio(n, k) if s == 'ratio' else 10+k) for n in order for k in order[n] for s in ('ratio', 'control')]
-    t['fn_fig3_mean_loss_map'] += [dict(what='power', features=n, seed=k, direction='all', grid='0', ratio=ratio(n, k)) for n in order for k in order[n]]
+    ratio = lambda n, k: (1+.1*k)*np.exp(push(k)*(1 if n == LN else -1))
+    t['fn_fig3_mean_loss_map'] = [dict(what='power', features=n, seed=k, direction='all', grid='0', ratio=ratio(n, k)) for n in order for k in order[n]]
     after = lambda n, k: dict(cv=(1+k)*np.exp(push(k) if n == TANH else -push(k)), order=.01*push(k)*(n == TANH)+k/9)
     t['fn_energy'] = [dict(features=n, seed=k, depth=2, where='after', metric=m, value=v) for n in order for k in order[n] for m, v in after(n, k).items()]
     t['fn_energy'] += [dict(features=n, seed=k, depth=d, where='before', metric=m, value=v) for n in order for k in order[n] for d in (1, 2)
@@ -160,6 +159,23 @@ def test_one_edited_number_turns_the_verdict(tmp_path, number, stem, pick, colum
     assert verdicts(folder)[number] == 'holds'
     edit(folder/f'{stem}.csv', pick, column, value)
     assert verdicts(folder)[number] in ('mixed', 'fails')
+
+
+@pytest.mark.parametrize('number, row', [(7, '2'), (14, '7'), (15, '9'), (16, '')])
+def test_a_row_that_learned_nothing_says_nothing(tmp_path, number, row):
+    "It is the rows that a claim compares which have to be above raw pixels and random weights, not the main pair alone."
+    folder = write(tmp_path/'t', tier())
+    edit(folder/'fn_table1.csv', dict(row=row) if row else dict(method='DynTanh, no repeat, no drop'), 'acc_by_seed', lambda v: '0:20 1:21 2:20')
+    found = {r['number']: r for r in ledger(folder)}
+    assert found[number]['verdict'] == UNTESTED and 'above raw pixels' in found[number]['reason'] and found[5]['verdict'] == 'holds'
+
+
+@pytest.mark.parametrize('cell', ['0:x 1:5100 2:5200', '0:nan 1:5100 2:5200', 'five'])
+def test_a_cell_that_is_no_list_of_seeds_is_named(tmp_path, cell):
+    folder = write(tmp_path/'t', tier())
+    edit(folder/'fn_table1.csv', dict(row='5'), 'acc_by_seed', lambda v: cell)
+    found = next(r for r in ledger(folder) if r['number'] == 5)
+    assert found['verdict'] == UNTESTED and repr(cell) in found['reason']
 
 
 @pytest.mark.parametrize('epochs, because', [('0.5', 'not within a second'), ('2.02', 'not within a second'), ('', 'not known where')])
