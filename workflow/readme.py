@@ -69,7 +69,18 @@ def claims(tier):
     return '\n'.join(out)
 
 
-BLOCKS = dict(table1=table1, ec=ec, claims=claims)
+def told(stem, before):
+    "What a figure says to its claim, in a sentence."
+    def of(tier):
+        file = ROOT/'figures'/tier/f'{stem}.json'
+        if not file.is_file(): return 'Not drawn yet.'
+        claim = json.loads(file.read_text())['claim']
+        return f"{before} {claim['ours'].removesuffix(': '+claim['verdict'])}: *{claim['verdict']}*."
+    return of
+
+
+BLOCKS = dict(table1=table1, ec=ec, claims=claims, depth=told('fn_fig11_depth_maps', 'Depth heads on NYU Depth V2, RMSE at the truth\'s own scale, LayerNorm → DynTanh:'),
+              ranks=told('fn_fig9_rank_curves', 'Rank scores'), resume=told('fn_resume', 'Resumed in mid-epoch with the place in the data forgotten,'))
 
 def filled(text):
     "The README with every block `<!-- numbers: NAME TIER -->` ... `<!-- end -->` written anew."
