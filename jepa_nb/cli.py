@@ -317,6 +317,7 @@ def read_sets_file(path:str, only=())->dict:
 @click.option('--set', 'only', multiple=True, metavar='NAME', help='Only this one of them.')
 @click.option('--train-images', type=click.IntRange(20), help='Use at most so many.')
 @click.option('--test-images', type=click.IntRange(1))
+@click.option('--part', type=click.Choice(['teacher', 'encoder']), default='teacher', show_default=True, help='Which network of the run: the EMA teacher, or the student.')
 @click.option('--released', is_flag=True, help="As the authors' code probes: AdamW, features not standardised.")
 @click.option('--name', help="What the result is called; default the run's name.")
 @click.option('--tier')
@@ -329,7 +330,7 @@ def eval_(ctx, run, words, train_data, test_data, out, sets, only, hold_out, con
     from jepa_nb.train import only_writer, open_run
     what, cfg, lock = run, None, nullcontext()
     if sets:
-        kw, own = {k:kw[k] for k in ('side', 'name', 'tier')}, [k for k in (*kw, 'hold_out', 'conditions') if k not in ('side', 'name', 'tier') and ctx.get_parameter_source(k).name != 'DEFAULT']
+        kw, own = {k:kw[k] for k in ('side', 'name', 'tier', 'part')}, [k for k in (*kw, 'hold_out', 'conditions') if k not in ('side', 'name', 'tier', 'part') and ctx.get_parameter_source(k).name != 'DEFAULT']
         if own: raise CliError(f"--{own[0].replace('_', '-').replace('conditions', 'condition')}: with --sets every set says that for itself")
         sets = read_sets_file(sets, only)
         if out and '{set}' not in out: raise CliError(f"{out}: with --sets, --out needs {{set}} in it, e.g. eval/{{set}}.json")
@@ -400,6 +401,7 @@ def depth_(run, words, train_data, test_data, out, **kw):
 @click.option('--rank-images', type=click.IntRange(2), default=25_600, show_default=True, help='Of RankMe; fewer when there are fewer.')
 @click.option('--lidar-images', type=click.IntRange(2), default=1000, show_default=True)
 @click.option('--lidar-views', type=click.IntRange(2), default=50, show_default=True, help='Of each image.')
+@click.option('--unconditioned', 'conditioned', is_flag=True, flag_value=False, default=True, help='Tell nothing to encoders that were told of positions in training (EC).')
 @click.option('--train-images', type=click.IntRange(20), help='Fit the probes to at most so many.')
 @click.option('--test-images', type=click.IntRange(1))
 @click.option('--tier')

@@ -135,7 +135,7 @@ class JEPA(nn.Module):
     def train(self, mode:bool=True):
         super().train(mode)
         # differs from FN's code: there the teacher's experts route as in training, so targets depend on the other images of the batch
-        self.teacher.train(mode and self.cfg.objective.teacher_routing == 'training')
+        if self.teacher is not None: self.teacher.train(mode and self.cfg.objective.teacher_routing == 'training')
         return self
 
     def predict(self, pack:Pack, g:torch.Generator|None=None, form:str='auto', **given)->Prediction:

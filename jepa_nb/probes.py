@@ -408,6 +408,7 @@ def evaluate(
     layers=None, show=None, augment=None, # see SetConfig; None: the protocol's
     crops:int=4,        # views of each training image, augment='crop'
     condition=None,     # see `extract`
+    part:str='teacher', # the network of a run that is asked: 'teacher', or 'encoder', the student
 )->dict:
     "Probe a run and write what came out: at every depth (FN), or as one of EC's protocols says."
     start, device = time.time(), 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -415,8 +416,8 @@ def evaluate(
     kind = 'raw pixels' if run == 'pixels' else 'random init' if isinstance(run, Config) else 'teacher'
     if kind != 'raw pixels':
         found = whole_checkpoint(run) if kind == 'teacher' else None # a run may have a newer one that is damaged
-        model, cfg = open_run(found, parts=('teacher',)) if found else (random_model(run), run)
-        model, side = model.to(device), side or cfg.scale.max_side*cfg.encoder.patch
+        model, cfg = open_run(found, parts=(part,)) if found else (random_model(run), run) # before training both are one network
+        model, side = getattr(model, part).to(device), side or cfg.scale.max_side*cfg.encoder.patch
         name, seed = name or cfg.run.name, cfg.run.seed if seed is None else seed
     told = None if kind == 'raw pixels' else condition_of(open_encoder(model), condition)
     last = 0 if kind == 'raw pixels' else len(open_encoder(model).blocks)
@@ -442,7 +443,7 @@ def evaluate(
     low, high = bootstrap(probe['correct'][chosen])
     is_run = kind == 'teacher'
     result = dict(
-        run=name or kind, features=kind, is_random=kind == 'random init', recipe=None if kind == 'raw pixels' else cfg.run.name,
+        run=name or kind, features='student' if kind == 'teacher' and part == 'encoder' else kind, is_random=kind == 'random init', recipe=None if kind == 'raw pixels' else cfg.run.name,
         norm=None if kind == 'raw pixels' else cfg.encoder.norm_out, seed=seed or 0,
         tier=tier, set=set_name, data=short(test_on[0].name), target=target, cuts=(cuts if isinstance(cuts, str) else list(cuts)) if target == 'dist' else None, hold_out=hold_out,
         kind='linear', released=released, protocol=protocol, layers=layers, show=show, augment=augment, views=len(seen), side=side or 32, condition=list(told) if told else 'off',
@@ -513,6 +514,7 @@ def rank_checkpoints(
     out=None,                # where to write: JSON; each probe goes beside it as probe_<checkpoint>.json and .npz; None writes nothing
     rank_images:int=25_600, lidar_images:int=1000, lidar_views:int=50, # see `rank_scores`
     train_images=None, test_images=None, side=None, # of the probes, see `evaluate`
+    conditioned:bool=True,   # whether encoders that were told of positions in training (EC) are told here, too
     tier=None,
     progress:bool=True,
 )->dict:
@@ -524,13 +526,15 @@ def rank_checkpoints(
     for folder, step in [(None, 0), *((f, step_of(f)) for f in folders)]:
         student, named = folder is None or has_part(folder, 'encoder'), 'of no known step' if step is None else f'step {step}'
         jepa = (open_run(folder, parts=('encoder', 'teacher') if student else ('teacher',))[0] if folder else random_model(cfg)).to(device)
+        for encoder in (jepa.teacher, jepa.encoder):
+            if not conditioned and encoder is not None: encoder.conditioner = None
         scores = rank_scores(jepa, train, rank_images, lidar_images, lidar_views, progress=named if progress else None, student=student)
         p = evaluate(folder or cfg, train, test, out and Path(out).with_name('probe_converted.json' if step is None else f'probe_step_{step:08d}.json'), side, train_images=train_images, test_images=test_images,
-                     name=cfg.run.name, seed=cfg.run.seed, tier=tier, progress=progress)
+                     name=cfg.run.name, seed=cfg.run.seed, tier=tier, progress=progress, condition=None if conditioned else 'off')
         rows.append(dict(step=step, images=p['images_seen'], acc=p['acc_chosen'], low=p['acc_interval'][0], high=p['acc_interval'][1], depth=p['chosen_depth'],
                          knn=p['knn_chosen'], **scores, sha256=p['checkpoint_sha256']))
     result = dict(run=cfg.run.name, norm=cfg.encoder.norm_out, seed=cfg.run.seed, tier=tier, data=short(train.name), test=short(test.name), n_train=p['n_train'], n_test=p['n_test'],
-                  rank_images=min(rank_images, len(train)), lidar_images=lidar_images, lidar_views=lidar_views, views='crops' if lidar_config(cfg).scale.kind == 'crop' else 'sizes', dim=cfg.encoder.dim, checkpoints=rows, seconds=round(time.time()-start, 1))
+                  rank_images=min(rank_images, len(train)), lidar_images=lidar_images, lidar_views=lidar_views, views='crops' if lidar_config(cfg).scale.kind == 'crop' else 'sizes', dim=cfg.encoder.dim, conditioned=conditioned and cfg.condition.kind != 'none', checkpoints=rows, seconds=round(time.time()-start, 1))
     if out is not None: write_atomic(out, json.dumps(result, indent=1)+'\n')
     return result
 

@@ -281,3 +281,22 @@ def test_conditioning_pools_the_positions_that_the_encoder_has(tmp_path):
     assert_close(told_whole(wide, row).x[0], want)
     assert not torch.allclose(told_whole(plain, row).x[0], want, atol=1e-2)
     with pytest.raises(InteropError, match='images are square'): stretched(plain, 12, (16, 8))
+
+
+def test_the_student_and_rank_scores_without_positions(tmp_path):
+    "What EC leaves open (which encoder is evaluated, whether scores are told of positions) can be asked either way."
+    run, images, test = our_run(SIZES[3], tmp_path/'run', dict(kind='positions')), open_source('scenes', images=40, side=96), open_source('scenes', images=20, side=96, split='test')
+    how = dict(rank_images=20, lidar_images=10, lidar_views=3, progress=False)
+    told, off = (rank_checkpoints(run, images, test, None, conditioned=c, **how) for c in (True, False))
+    assert (told['conditioned'], off['conditioned']) == (True, False)
+    assert all(a[m] != b[m] for a, b in zip(told['checkpoints'], off['checkpoints']) for m in ('rankme', 'lidar', 'rankme_released', 'lidar_released'))
+    plain = convert(convert(run, tmp_path/'x.pth.tar'), tmp_path/'plain', condition='none')
+    as_plain = rank_checkpoints(plain, images, test, None, **how)['checkpoints'][-1]
+    assert all(off['checkpoints'][-1][m] == pytest.approx(as_plain[m], rel=1e-4) for m in ('rankme', 'lidar'))
+    d, many = torch.load(tmp_path/'x.pth.tar', weights_only=True), open_source('scenes', images=100, side=96, split='test')
+    d['encoder'] = {k: v if k.endswith('pos_embed') else v*(1+torch.randn(v.shape, generator=torch.Generator().manual_seed(1))) for k, v in d['encoder'].items()} # after so few updates it is the teacher still
+    torch.save(d, tmp_path/'apart.pth.tar')
+    both, alone = convert(tmp_path/'apart.pth.tar', tmp_path/'both'), convert(tmp_path/'apart.pth.tar', tmp_path/'alone', part='encoder')
+    student, same, teacher = (evaluate(r, images, many, progress=False, **kw) for r, kw in ((both, dict(part='encoder')), (alone, {}), (both, {})))
+    found = [[r[k] for k in ('acc', 'knn', 'val_acc')] for r in (student, same, teacher)]
+    assert (student['features'], teacher['features']) == ('student', 'teacher') and found[0] == found[1] != found[2]
