@@ -134,7 +134,7 @@ def test_what_is_not_there_is_left_out(tmp_path):
     (folder/'nbs/figures/fn_fig11_depth_maps.ipynb').write_text(NOTEBOOK)
     (folder/'nbs/figures/b.ipynb').write_text(NOTEBOOK.replace('"images', '"data = None\\n", "images'))
     r = make(folder, 'dry', DATA='elsewhere')
-    for said in ('depth head main: left out, there is no elsewhere/nyu/test-*.tar', 'set far: left out', 'figure b: left out, there is no $DATA/photos/*.tar'): assert said in r.stderr, r.stdout+r.stderr
+    for said in ('depth head main: left out, there is no elsewhere/nyu/test-*.tar', 'set far: left out', 'figure b: left out, there is no elsewhere/photos/*.tar'): assert said in r.stderr, r.stdout+r.stderr
     assert plan(folder) == dict(scenes_train=1, scenes_test=1, train=3, evaluate=3, random_init=3, raw_pixels=1, figure=1)
 
 
