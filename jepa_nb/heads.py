@@ -29,11 +29,12 @@ class Protocol(NamedTuple):
     decay:float=0.        # of weights and biases, not of the BatchNorm
     affine:bool=False     # the BatchNorm has weights
     eps:float=1e-5        # of the BatchNorm
-    show:str='square'     # how an image becomes a square, and
-    augment:str='none'    # what a training image goes through: see room 40
+    show:str='square'     # how an image becomes a square,
+    augment:str='none'    # what a training image goes through, and
+    resize:str='bilinear' # how it is made larger or smaller: see room 40
 
 PROTOCOLS = dict(
-    in1k       = Protocol('lars', .05, 16_384, 50, (15, 30, 45), eps=1e-6, show='inner', augment='crop'),
+    in1k       = Protocol('lars', .05, 16_384, 50, (15, 30, 45), eps=1e-6, show='inner', augment='crop', resize='bicubic'),
     ood_step   = Protocol('sgd', .01, 256, 28, (8, 16, 24), decay=5e-4, affine=True, show='squash', augment='flip'),
     ood_cosine = Protocol('sgd', .01, 256, 50, lr_end=1e-4, decay=5e-4, affine=True, show='squash', augment='flip'),
 )

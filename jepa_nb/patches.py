@@ -119,10 +119,11 @@ def crop_box(
 def resize(
     image:Tensor,        # [H W 3] uint8, contiguous
     size:tuple[int,int], # (H, W) pixels
+    how:str='bilinear',  # or 'bicubic'
 )->Tensor:               # [H W 3] uint8, contiguous
-    "Bilinear resize with antialiasing."
+    "Resize with antialiasing."
     if tuple(image.shape[:2]) == tuple(size): return image
-    x = F.interpolate(image[None].permute(0,3,1,2), size=tuple(size), mode='bilinear', antialias=True)
+    x = F.interpolate(image[None].permute(0,3,1,2), size=tuple(size), mode=how, antialias=True)
     return x.permute(0,2,3,1)[0]
 
 def to_unit(

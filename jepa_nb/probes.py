@@ -36,18 +36,19 @@ from .config import Config, SetConfig
 from .data import BadImage, DataError, expanded, open_source
 from .heads import PROTOCOLS, head_probe
 from .metrics import check_scores, lidar_config, rank_scores
-from .patches import Tokens, centre_crop, positions, resize
+from .patches import CROP_TRIES, Tokens, centre_crop, crop_box, positions, resize
 from .sets import task_labels
 from .show import file_hash, root, short, weights_file, write_atomic
 from .train import RunError, checkpoints, open_run, random_model, whole_checkpoint
 
 # %% ../nbs/40_probes.ipynb #2add255a
 def square(
-    image:Tensor, # [H W 3] uint8
-    side:int,     # pixels
-)->Tensor:        # [side side 3] uint8
+    image:Tensor,       # [H W 3] uint8
+    side:int,           # pixels
+    how:str='bilinear', # see `resize`
+)->Tensor:              # [side side 3] uint8
     "The central square at a fixed size, enlarged if need be (FN §8.3)."
-    return resize(centre_crop(image), (side, side))
+    return resize(centre_crop(image), (side, side), how)
 
 def image_tokens(
     images:Tensor,   # [i H W 3] uint8, both sides multiples of `patch`
@@ -65,16 +66,16 @@ def image_tokens(
     return Tokens(*(rearrange(t, '(b k) n ... -> b (k n) ...', k=per_row) for t in (x, pos, sample)))
 
 # %% ../nbs/40_probes.ipynb #bca4550c
-def squash(image:Tensor, side:int)->Tensor:
+def squash(image:Tensor, side:int, how:str='bilinear')->Tensor:
     "The whole image as a square, aspect not kept (EC: CLEVR, SUN397)."
-    return resize(image, (side, side))
+    return resize(image, (side, side), how)
 
-def inner(image:Tensor, side:int)->Tensor:
+def inner(image:Tensor, side:int, how:str='bilinear')->Tensor:
     "The inner 7/8 of the central square: resize to 256, crop 224 (EC: ImageNet, Food-101)."
     image = centre_crop(image)
     n = max(round(len(image)*224/256), 1)
     a = (len(image)-n)//2
-    return resize(image[a:a+n, a:a+n].contiguous(), (side, side))
+    return resize(image[a:a+n, a:a+n].contiguous(), (side, side), how)
 
 def crop_and_flip(
     image:Tensor,               # [H W 3]
@@ -82,17 +83,13 @@ def crop_and_flip(
     rng:np.random.Generator,
     area=(.08, 1.),             # share of the image
     aspect=(3/4, 4/3),          # width over height
+    how:str='bilinear',         # see `resize`
 )->Tensor:                      # [side side 3]
-    "A random part of an image, half the time mirrored (IJ; VISSL)."
-    (H, W), h, w = image.shape[:2], 0, 0
-    for _ in range(10):
-        s, q = H*W*rng.uniform(*area), math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
-        h, w = round(math.sqrt(s/q)), round(math.sqrt(s*q))
-        if 0 < h <= H and 0 < w <= W: break
-    else: h = w = min(H, W)
-    y, x = int(rng.integers(H-h+1)), int(rng.integers(W-w+1))
-    part = resize(image[y:y+h, x:x+w].contiguous(), (side, side))
-    return part.flip(1) if rng.random() < .5 else part
+    "A random part of an image, see `crop_box`, half the time mirrored (IJ; VISSL)."
+    *u, mirror = rng.random(2*CROP_TRIES+3).tolist()
+    t, l, h, w = crop_box(image.shape[:2], u, area, aspect)
+    part = resize(image[t:t+h, l:l+w].contiguous(), (side, side), how)
+    return part.flip(1) if mirror < .5 else part
 
 def mirrored(image:Tensor, side:int, show)->Tensor: return show(image, side).flip(1)
 
@@ -103,11 +100,13 @@ def views(
     augment:str,   # 'none', 'flip': as it is and mirrored; 'crop': random crops, mirrored or not
     crops:int=4,   # with 'crop': how many
     seed:int=0,
+    how:str='bilinear', # see `resize`
 )->list:           # functions (image, side) -> [side side 3]
     "The views of a training image whose features are kept."
-    if augment == 'none': return [SHOWN[show]]
-    if augment == 'flip': return [SHOWN[show], partial(mirrored, show=SHOWN[show])]
-    return [partial(crop_and_flip, rng=np.random.default_rng([seed, k])) for k in range(crops)]
+    plain = partial(SHOWN[show], how=how)
+    if augment == 'none': return [plain]
+    if augment == 'flip': return [plain, partial(mirrored, show=plain)]
+    return [partial(crop_and_flip, rng=np.random.default_rng([seed, k]), how=how) for k in range(crops)]
 
 def probe_choices(protocol, layers=None, show=None, augment=None)->tuple[str,str,str]:
     "What a protocol shows and reads, where nobody says otherwise."
@@ -428,10 +427,11 @@ def evaluate(
         x = extract(model, source, side, depths, packed, indices=ids, progress=text, norm='both' if layers == 'all' else 'behind', view=view, condition=condition)
         return rearrange(x, 'i D d -> i 1 (D d)') if layers == 'last4' else x
     fit_to, test_on = questions(train, test, target, cuts, train_images, test_images, hold_out)
-    seen = views(show, augment, crops)
+    how = PROTOCOLS[protocol].resize if protocol in PROTOCOLS else 'bilinear'
+    seen, plain = views(show, augment, crops, how=how), views(show, 'none', how=how)[0]
     x = torch.cat([look(*fit_to[:2], v, f'train features {k} of {len(seen)}') for k, v in enumerate(seen, 1)], 1) # [i D d], or [i k d] of k views
     train_x, train_y, _ = (t.to(device) for t in decoded(x, fit_to[2], fit_to[1]))
-    test_x, test_y, test_ids = (t.to(device) for t in decoded(look(*test_on[:2], SHOWN[show], 'test features'), test_on[2], test_on[1]))
+    test_x, test_y, test_ids = (t.to(device) for t in decoded(look(*test_on[:2], plain, 'test features'), test_on[2], test_on[1]))
     protocol, normed = 'adamw' if released else protocol, None
     if layers == 'all' and kind != 'raw pixels': # what the output norm adds to the last depth, or takes from it (FN §8.3)
         (train_x, train_z), (test_x, test_z) = ((x[:, :-1], x[:, -1:]) for x in (train_x, test_x))
@@ -446,7 +446,7 @@ def evaluate(
         run=name or kind, features='student' if kind == 'teacher' and part == 'encoder' else kind, is_random=kind == 'random init', recipe=None if kind == 'raw pixels' else cfg.run.name,
         norm=None if kind == 'raw pixels' else cfg.encoder.norm_out, seed=seed or 0,
         tier=tier, set=set_name, data=short(test_on[0].name), target=target, cuts=(cuts if isinstance(cuts, str) else list(cuts)) if target == 'dist' else None, hold_out=hold_out,
-        kind='linear', released=released, protocol=protocol, layers=layers, show=show, augment=augment, views=len(seen), side=side or 32, condition=list(told) if told else 'off',
+        kind='linear', released=released, protocol=protocol, layers=layers, show=show, augment=augment, resize=how, views=len(seen), side=side or 32, condition=list(told) if told else 'off',
         epochs=None if protocol == 'lbfgs' else probe.get('epochs', epochs or 50), images_seen=images_seen(found) if is_run else 0,
         depths=depths, acc=probe['acc'].tolist(), val_acc=probe['val_acc'].tolist(), acc_normed=normed,
         chosen_depth=depths[chosen], acc_chosen=probe['acc_at_val_choice'], acc_interval=[low, high],
