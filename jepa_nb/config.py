@@ -90,7 +90,8 @@ class MaskConfig:
     targets:Count=4                 # target blocks of an image; they may overlap
     target_scale:Shares=(.15, .2)   # area of a target block, share of the image
     target_aspect:Range=(.75, 1.5)  # its height over its width
-    context_scale:Shares=(.85, 1.)  # area of the context block, before the targets are taken out
+    context_scale:Shares=(.85, 1.)  # area of a context block, before the targets are taken out
+    contexts:Count=1                # context blocks of an image; it is shown once with each, with the same crop and targets
     min_keep:Whole|None=None        # a block has more patches than this; None: 10 of 196, in proportion (reference: 10)
     coupled:bool=False              # one draw decides area and aspect of a block, as it always does in reference
     group:Whole=0                   # images in sequence that share block sizes and are cut to one length (IJ: the batch of one device); 0: none
@@ -98,6 +99,7 @@ class MaskConfig:
     def __post_init__(self):
         if self.keep_min > self.keep_max:
             raise ValueError(f"keep_min {self.keep_min} is above keep_max {self.keep_max}")
+        if self.kind == 'window' and self.contexts > 1: raise ValueError(f"contexts {self.contexts}: with windows whatever is not context is target, so an image has one context; only kind=multiblock has more")
         _in_order(self, 'target_scale', 'target_aspect', 'context_scale')
 
     @property

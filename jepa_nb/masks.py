@@ -193,34 +193,34 @@ def place_blocks(
     target:tuple[int,int],  # height and width of the targets
     context:tuple[int,int], # of the context, before they are taken out
     targets:int,
-    keep:int,               # the context has more patches than this
+    keep:int,               # a context has more patches than this
     rng:np.random.Generator,
-)->Split:
-    "Blocks anywhere on the grid, and a context without them."
-    (y, x), free = grid, np.array([(grid[0]-h+1, grid[1]-w+1) for h, w in [target]*targets + [context]])
+    contexts:int=1,
+)->list[Split]:             # one for each context; the targets are the same
+    "Blocks anywhere on the grid, and contexts without them."
+    (y, x), free = grid, np.array([(grid[0]-h+1, grid[1]-w+1) for h, w in [target]*targets + [context]*contexts])
     for k in range(TRIES):
-        at = (rng.random((targets+1, 2))*free).astype(int)
-        if k == TRIES-1: at[:-1] = at[0]
-        blocks = [rectangle(*a, target, x) for a in at[:-1]]
-        is_context = np.zeros(y*x, bool)
-        is_context[rectangle(*at[-1], context, x)] = True
-        for ids in blocks: is_context[ids] = False
-        if is_context.sum() > keep: break
-    return Split(np.flatnonzero(is_context), blocks)
+        at = (rng.random((targets+contexts, 2))*free).astype(int)
+        if k == TRIES-1: at[:targets] = at[0]
+        blocks, is_context = [rectangle(*a, target, x) for a in at[:targets]], np.zeros((contexts, y*x), bool)
+        for e, a in enumerate(at[targets:]): is_context[e, rectangle(*a, context, x)] = True
+        for ids in blocks: is_context[:, ids] = False
+        if is_context.sum(1).min() > keep: break
+    return [Split(np.flatnonzero(e), blocks) for e in is_context]
 
 def multiblock_splits(
     images:int,          # of a group; they share block sizes and are cut to one length
     grid:tuple[int,int], # patches down and across
     masks,               # MaskConfig
     rng:np.random.Generator,
-)->list[Split]:
-    "Rectangles to be predicted, and a context without them (IJ §3)."
+)->list[Split]:          # `masks.contexts` of every image, image by image
+    "Rectangles to be predicted, and contexts without them (IJ §3)."
     check_blocks(grid, masks)
     draws = rng.random(4)
     if masks.coupled: draws[1] = draws[0]
     target  = drawn_size(grid, masks.target_scale, masks.target_aspect, *draws[:2])
     context = drawn_size(grid, masks.context_scale, context_aspect(grid, masks), *draws[2:])
-    splits = [place_blocks(grid, target, context, masks.targets, least_kept(grid, masks), rng) for _ in range(images)]
+    splits = [s for _ in range(images) for s in place_blocks(grid, target, context, masks.targets, least_kept(grid, masks), rng, masks.contexts)]
     n = min(len(s.context) for s in splits)
     return [s if len(s.context) == n else s._replace(context=np.sort(rng.permutation(s.context)[:n])) for s in splits]
 
@@ -249,7 +249,7 @@ def reference_splits(
     masks,                       # MaskConfig
     counter:int,                 # number of the batch, which seeds the block sizes
     g:torch.Generator|None=None, # places; None is torch's global generator
-)->list[Split]:
+)->list[Split]:                  # `masks.contexts` of every image, image by image
     "A batch of splits as the authors' code draws them, given the same random draws."
     check_blocks(grid, masks)
     sizes, keep = torch.Generator().manual_seed(counter), least_kept(grid, masks)
@@ -257,6 +257,6 @@ def reference_splits(
     target, context, splits = size(masks.target_scale, masks.target_aspect), size(masks.context_scale, (1., 1.)), []
     for _ in range(images):
         targets = [reference_block(grid, target, [], keep, g) for _ in range(masks.targets)]
-        splits.append(Split(reference_block(grid, context, targets, keep, g), targets))
+        splits += [Split(reference_block(grid, context, targets, keep, g), targets) for _ in range(masks.contexts)]
     n, m = min(len(s.context) for s in splits), min(len(t) for s in splits for t in s.targets)
     return [Split(s.context[:n], [t[:m] for t in s.targets]) for s in splits] # the first ones: the bottom of the image goes

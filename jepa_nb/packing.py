@@ -43,8 +43,8 @@ def row_slots(cfg)->tuple[int,int,int]:
 class Batch(NamedTuple):
     "A `Pack`, and where it came from."
     pack:Pack
-    images:int         # images in it
-    index:Tensor       # [i] int64, number in the source of every image, by sample id
+    images:int         # images in it, each counted with its first context
+    index:Tensor       # [i] int64, number in the source of every image, by sample id; an image has one for each of its contexts
     skipped:list[str]  # images that could not be decoded, with the reason
     state:dict         # of the planner after this batch: what a resume needs
     used:float         # share of slots that are filled
@@ -79,7 +79,7 @@ def epoch_order(
 # %% ../nbs/14_packing.ipynb #9c52773f
 class Item(NamedTuple):
     "One image of the plan."
-    draw:int             # place in the sequence of draws
+    draw:int             # place in the sequence of draws: one of each context of each image
     index:int            # number in the source
     size:tuple[int,int]  # (H, W) pixels it is shown at
     context:int          # context tokens
@@ -100,9 +100,9 @@ def block_split(
     seed:int,
     masks,               # MaskConfig, multiblock
 )->Split:
-    "Blocks of one draw; `masks.group` draws in sequence share their sizes and are cut to one length (IJ)."
-    k = masks.group
-    return _group(seed, draw//k, k, grid, masks)[draw%k] if k else _single(seed, draw, 1, grid, masks)[0]
+    "Blocks of one draw; `masks.group` images in sequence share their sizes and are cut to one length (IJ)."
+    image, k, drawn = draw//masks.contexts, masks.group or 1, _group if masks.group else _single
+    return drawn(seed, image//k, k, grid, masks)[image%k*masks.contexts + draw%masks.contexts]
 
 def shown_at(
     draw:int,
@@ -113,11 +113,11 @@ def shown_at(
     v:float,             # uniform in [0, 1): decides how much of the windows is context
     seed:int=0,          # of crops and blocks
 )->Item:
-    "Random size or crop, and lengths of context and target, of one image (FN §3.1 steps 1 and 3; IJ)."
+    "Random size or crop, and lengths of context and target, of one draw (FN §3.1 steps 1 and 3; IJ)."
     p, w, scale, box = cfg.encoder.patch, cfg.masks.tile, cfg.scale, None
     if scale.kind == 'crop':
         H = W = scale.max_side*p
-        box = crop_box(size, uniforms(seed, CROP, draw, 2*CROP_TRIES+2).tolist(), scale.crop_area, scale.crop_aspect)
+        box = crop_box(size, uniforms(seed, CROP, draw//cfg.masks.contexts, 2*CROP_TRIES+2).tolist(), scale.crop_area, scale.crop_aspect)
     else: H, W = scaled_size(size, side_at(size, u, scale.min_side*p, scale.max_side*p), p, w, scale.max_side, scale.rounding)
     if cfg.masks.kind == 'multiblock':
         s = block_split(draw, (H//p, W//p), seed, cfg.masks)
@@ -258,9 +258,9 @@ class Planner:
 
     def item(self, draw:int)->Item:
         "What draw number `draw` shows."
-        images = len(self.sizes)
-        i, u, v = uniforms(self.seed, PLAN, draw, 3).tolist()
-        index = int(i*images) if self.cfg.data.replace else int(epoch_order(self.seed, draw//images, images)[draw%images])
+        images, k = len(self.sizes), draw//self.cfg.masks.contexts
+        i, u, v = uniforms(self.seed, PLAN, k, 3).tolist()
+        index = int(i*images) if self.cfg.data.replace else int(epoch_order(self.seed, k//images, images)[k%images])
         return shown_at(draw, index, self.sizes[index].tolist(), self.cfg, u, v, self.seed)
 
     def _more(self):
@@ -309,7 +309,7 @@ def shown(
     "Crop, resize and augment an image as planned."
     if item.box: t, l, h, w = item.box; image = image[t:t+h, l:l+w].contiguous()
     image, how = resize(image, item.size), cfg.augment
-    return augment(image, uniforms(seed, LOOK, item.draw, DRAWS), how) if how.flip or how.colour or how.blur else image
+    return augment(image, uniforms(seed, LOOK, item.draw//cfg.masks.contexts, DRAWS), how) if how.flip or how.colour or how.blur else image
 
 def _place(image, patch, parts, x, pos):
     "Write patches of an image to one row: of each of `parts`, those patches to slots from there on."
@@ -340,12 +340,14 @@ def assemble(
     pixels, whole = _bytes((b, n, p*p*3)), cfg.masks.kind == 'multiblock'
     x, pos, sample = pixels.numpy(), np.zeros((b, n, 2), np.float32), np.full((b, n), -1)
     context, target, segment = (np.full((b, slots), -1) for slots in (C, T, T))
-    index, skipped = [], []
+    index, images, skipped, lost = [], 0, [], ''
     for r, row in enumerate(rows):
         a, c, t = 0, 0, 0 if whole else C # the next slots: of images (blocks only), contexts, targets
         for item in row:
             try: picture, s = shown(image(item), item, seed, cfg), split(item)
-            except BadImage as e: skipped.append(str(e)); continue
+            except BadImage as e:
+                lost, skipped = str(e), skipped + [str(e)]*(item.draw%cfg.masks.contexts == 0)
+                continue
             parts = [(a, np.arange((item.size[0]//p)*(item.size[1]//p)))] if whole else [(c, s.context), (t, s.targets[0])]
             _place(picture, p, parts, x[r], pos[r])
             for z, ids in parts: sample[r, z:z+len(ids)] = item.draw if by_draw else len(index)
@@ -355,16 +357,16 @@ def assemble(
                     z = k*(T//segments) + t
                     target[r, z:z+len(ids)], segment[r, z:z+len(ids)] = a+ids, k
                 a += len(parts[0][1])
-            index.append(item.index)
+            index.append(item.index); images += item.draw%cfg.masks.contexts == 0
             c, t = c+len(s.context), t+max(map(len, s.targets))
         if whole: x[r, a:] = 0
         else: x[r, c:C] = x[r, t:] = 0
-    if skipped and not index: raise DataError(f"none of the {len(skipped)} images of a batch can be decoded, e.g. {skipped[0]}")
+    if lost and not index: raise DataError(f"none of the {sum(map(len, rows))} images of a batch can be decoded, e.g. {lost}")
     if not whole: context, target = np.split(np.where(sample >= 0, np.arange(n), -1), [C], axis=1); segment = target.clip(max=0)
     if not cfg.pack.static: context, target, segment = needed(context, 1), needed(target, segments), needed(segment, segments)
     tokens = Tokens(pixels, torch.from_numpy(pos), torch.from_numpy(sample))
     pack = Pack(tokens, *(torch.from_numpy(np.ascontiguousarray(ids)) for ids in (context, target, segment)))
-    return Batch(pack, len(index), torch.tensor(index), skipped, state or {}, (tokens.sample >= 0).float().mean().item())
+    return Batch(pack, images, torch.tensor(index), skipped, state or {}, (tokens.sample >= 0).float().mean().item())
 
 def needed(
     ids:np.ndarray, # [b (segments slots)], -1 padding
@@ -404,7 +406,7 @@ def loader(
     world:int=1,           # devices; they share the rows of a batch
     state:dict|None=None,  # `Batch.state` to go on from
     workers:int|None=None, # loader processes; None is cfg.data.workers
-    draws:int|None=None,   # stop after so many images; None: never
+    draws:int|None=None,   # stop after so many images, each counted once for each of its contexts; None: never
 )->Iterator[Batch]:
     "Packed batches, a function of (cfg, data, state); the number of workers changes nothing."
     if cfg.pack.rows%world: raise ValueError(f"pack.rows {cfg.pack.rows} cannot be shared by {world} devices; pack.rows={math.ceil(cfg.pack.rows/world)*world} can")
@@ -426,9 +428,10 @@ def pack_arrivals(
     state, held = state or dict(next_draw=0, pool=[]), {}
     def item(draw, image):
         held[draw] = image
-        u, v = uniforms(seed, PLAN, draw, 3).tolist()[1:]
-        return shown_at(draw, draw, size_of(image), cfg, u, v, seed)
-    arriving, kept = enumerate(images), set(state['pool'])
+        u, v = uniforms(seed, PLAN, draw//each, 3).tolist()[1:]
+        return shown_at(draw, draw//each, size_of(image), cfg, u, v, seed)
+    each, kept = cfg.masks.contexts, set(state['pool'])
+    arriving = enumerate(image for image in images for _ in range(each))
     pool = Pool((item(*a) for a in arriving), cfg, [item(*a) for a in islice(arriving, state['next_draw']) if a[0] in kept])
     next_draw = state['next_draw']
     while plan := pool.rows(rows):
@@ -497,11 +500,11 @@ def _in_turn(batches, state):
 def pack_images(
     images:list,                         # see `to_bytes`
     cfg,                                 # Config
-    splits:list[Split]|None=None,        # of every image at its own size; None: random sizes and windows
+    splits:list[Split]|None=None,        # of every image at its own size; None: random sizes and one random split of each
     rng:np.random.Generator|None=None,   # None: seed 0
 )->Pack:                                 # as many rows as it takes; sample k is images[k]
     "Pack a list of images into one `Pack`."
-    images, p = [to_bytes(image) for image in images], cfg.encoder.patch
+    images, p, cfg = [to_bytes(image) for image in images], cfg.encoder.patch, replace(cfg, masks=replace(cfg.masks, contexts=1))
     if splits is None:
         check_slots(cfg)
         seed = int((rng or np.random.default_rng(0)).integers(2**63))

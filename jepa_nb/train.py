@@ -517,12 +517,13 @@ def data_print(source)->str|None:
 
 # %% ../nbs/32_train.ipynb #33aa5adf
 def forget_data(
-    planner:dict, # state of a planner
+    planner:dict,   # state of a planner
+    contexts:int=1, # draws that an image takes, see `MaskConfig`
 )->dict:
     "The state of a planner at the beginning of the next epoch, nobody waiting: a resume as FN's code does it."
     if 'images' not in planner: raise RunError("a stream counts no epochs; only a run on local data can forget its place in them")
-    images = planner['images']
-    return dict(planner, next_draw=-(-planner['next_draw']//images)*images, pool=[])
+    epoch = planner['images']*contexts
+    return dict(planner, next_draw=-(-planner['next_draw']//epoch)*epoch, pool=[])
 
 def same_start(
     run:Path,
@@ -549,7 +550,7 @@ def begin(
     elif start is not None:
         folder = Path(start)
         state = dict(verify(folder), begun_from=sha256(folder/'model.safetensors'), seconds=0., meter=None)
-        state['planner'] = forget_data(state['planner'])
+        state['planner'] = forget_data(state['planner'], cfg.masks.contexts)
     else: return jepa, opt, dict(step=0, images=0, seconds=0., data=data, planner=None, meter=None)
     same_config(run, load_config(folder/'config.yaml'), cfg)
     if data != state['data']: raise RunError(f"{run}: the images have changed since it was begun (number, sizes or order); choose another folder")

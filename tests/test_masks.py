@@ -134,6 +134,18 @@ def test_any_grid_of_two_or_more_patches_a_side_works_by_default():
             assert not set(s.context) & set(np.concatenate(s.targets))
 
 
+@pytest.mark.parametrize('contexts', [1, 3])
+def test_contexts_of_an_image_share_its_targets(contexts):
+    for mode, draw in (('fixed', lambda m: multiblock_splits(5, (14, 14), m, np.random.default_rng(0))), ('reference', lambda m: reference_splits(5, (14, 14), m, 0, torch.Generator().manual_seed(0)))):
+        splits = draw(replace(FIXED, mode=mode, contexts=contexts))
+        assert len(splits) == 5*contexts and len({len(s.context) for s in splits}) == 1
+        for k in range(0, len(splits), contexts):
+            same = splits[k:k+contexts]
+            assert all(map(np.array_equal, same[0].targets, s.targets) for s in same)
+            assert all(not set(s.context) & set(np.concatenate(s.targets)) for s in same)
+        if contexts > 1: assert any(not np.array_equal(splits[k].context, splits[k+1].context) for k in range(0, len(splits), contexts)) or mode == 'reference' # there a context block has one place
+
+
 def test_a_smaller_min_keep_ends_the_endless_drawing():
     "At 8x8 patches half of the target sizes have 9 patches."
     ok = replace(REFERENCE, min_keep=8)

@@ -241,7 +241,10 @@ def test_ten_thousand_images_in_blocks():
     assert used[:-16, 0].mean()/1024 > .985, used[:-16].mean(0)
 
 
-@pytest.mark.parametrize('config', [blocks, crops])
+def twice(*words): return crops('masks.contexts=2', *words) # every crop with two contexts
+
+
+@pytest.mark.parametrize('config', [blocks, crops, twice])
 def test_blocks_follow_the_plan_whoever_decodes(config):
     pictures, cfg = Pictures(broken=(3, 11)), config()
     whole = list(islice(loader(pictures, cfg), 6))
@@ -262,6 +265,27 @@ def test_blocks_arrive_too():
     assert sorted(torch.cat([b.index for b in batches]).tolist()) == list(range(40))
     for a, b in zip(batches[1:], pack_iterator(pictures.pixels, cfg, seed=2, state=batches[0].state), strict=True): assert_same(a, b)
     for b in batches: assert len({int(n) for n in (b.pack.context >= 0).sum(1)[:4]}) == 1 # a group, one length
+
+
+@pytest.mark.parametrize('config', [blocks, crops])
+def test_an_image_with_several_contexts_is_one_image(config):
+    one, cfg, good, pictures = config('data.replace=false'), config('masks.contexts=3', 'data.replace=false'), Pictures(40), Pictures(40, broken=(5, 7))
+    plan = lambda cfg: [i for p in Planner(good.sizes, cfg, draws=40*cfg.masks.contexts) for row in p.rows for i in row]
+    first, all_ = {i.draw: i for i in plan(one)}, {i.draw: i for i in plan(cfg)}
+    assert sorted(all_) == list(range(120))
+    for draw, i in all_.items(): assert (i.index, i.size, i.box) == (first[draw//3].index, first[draw//3].size, first[draw//3].box) # epochs, sizes and crops are those of images
+    whole, batches = (list(loader(source, cfg, draws=120)) for source in (good, pictures))
+    assert (sum(b.images for b in whole), sum(len(b.index) for b in whole)) == (40, 120)
+    assert (sum(b.images for b in batches), sum(len(b.skipped) for b in batches), sum(len(b.index) for b in batches)) == (38, 2, 114)
+    arrived = list(pack_iterator(good.pixels, cfg, seed=2))
+    assert sorted(torch.cat([b.index for b in arrived]).tolist()) == sorted([*range(40)]*3) and sum(b.images for b in arrived) == 40
+    for a, b in zip(arrived[2:], pack_iterator(good.pixels, cfg, seed=2, state=arrived[1].state), strict=True): assert_same(a, b)
+    pack = pack_images(good.pixels[:9], cfg) # a list of images is shown as it is, each once
+    assert sorted(set(pack.image.sample.flatten().tolist())-{-1}) == list(range(9))
+
+
+def test_windows_have_one_context():
+    with pytest.raises(ConfigError, match='masks: contexts 2: with windows'): make_config({}, ['masks.contexts=2'])
 
 
 def test_reference_blocks_by_the_number_of_the_group():

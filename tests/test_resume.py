@@ -55,8 +55,8 @@ def whole(tmp_path_factory):
 BLOCKS = ('masks.kind=multiblock', 'pack.image=128', 'pack.context=80', 'pack.target=96')
 CROPS = ('scale.kind=crop', 'masks.kind=multiblock', 'masks.group=4', 'pack.pool=1', 'pack.rows=4', 'pack.image=64', 'pack.context=56', 'pack.target=48', 'pack.static=false', 'augment.flip=true')
 
-@pytest.mark.parametrize('words', [(), ('run.accumulate=2',), ('encoder.mlp=diffmoe', 'encoder.experts=4', 'data.replace=false'), BLOCKS, CROPS],
-                         ids=['plain', 'accumulate', 'experts', 'blocks', 'crops'])
+@pytest.mark.parametrize('words', [(), ('run.accumulate=2',), ('encoder.mlp=diffmoe', 'encoder.experts=4', 'data.replace=false'), BLOCKS, CROPS, (*CROPS, 'masks.contexts=2', 'condition.kind=positions')],
+                         ids=['plain', 'accumulate', 'experts', 'blocks', 'crops', 'contexts'])
 def test_two_and_two_is_four(tmp_path, words):
     # logged every 3: sums between two lines must survive the stop, too
     train(tiny('run.log_every=3', *words), tmp_path/'a', progress=False)
