@@ -301,6 +301,7 @@ def read_sets_file(path:str, only=())->dict:
 @click.option('--test', 'test_data', metavar='DATA', help="Labelled images that it is tested on; default the test half of the run's own.")
 @click.option('--out', metavar='FILE', help='Default: eval/probe.json in the run folder.')
 @click.option('--side', type=click.IntRange(1, 4096), help='Pixels; default the largest side of training.')
+@click.option('--stretch', is_flag=True, help="Stretch the positions of training's size over --side, as Hugging Face and timm do; else they are computed on.")
 @click.option('--protocol', type=click.Choice(['lbfgs', 'adam', 'in1k', 'ood_step', 'ood_cosine']), default='lbfgs', show_default=True,
               help="Of the probe: to convergence; FN's; EC's for ImageNet, and for other sets (CIFAR and its like; CLEVR).")
 @click.option('--epochs', type=click.IntRange(1), help="Default: the protocol's; a schedule shrinks with them.")

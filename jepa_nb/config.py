@@ -363,6 +363,7 @@ class SetConfig:
     augment:Literal['none', 'flip', 'crop']|None=None # of training images; None: the protocol's
     crops:Count=4            # crop: random crops of each image
     side:Annotated[Count, Field(le=4096)]|None=None # pixels; None: the largest side of training
+    stretch:bool=False       # positions of the training's size stretched over it; else computed on
     condition:Literal['off', False]|tuple[Count, Count]|None=None # what the encoder is told of the whole image (EC): nothing; kernel and stride of pooling; None: the run's
     train_images:Count|None=None # at most
     test_images:Count|None=None

@@ -8,9 +8,9 @@ __all__ = ['HEADS', 'NAMES', 'DROPPED', 'OFFICIAL', 'GELU', 'ONLY', 'NOT_KEPT', 
            'measure_predictor', 'shape_of', 'depth_of', 'grid_of', 'check_positions', 'our_name', 'to_ours', 'to_plain',
            'hf_names', 'hf_to_plain', 'plain_to_hf', 'Found', 'read_pickle', 'first_line', 'read_tensors', 'strip',
            'read_ijepa', 'checked_condition', 'check_part', 'read_json', 'entry', 'read_hf', 'tensor_files',
-           'read_timm', 'check_counterpart', 'sizes_of', 'take_imagenet', 'read_run', 'config_of', 'network',
-           'unshared', 'write_run', 'write_hf', 'write_timm', 'check_sizes', 'write_ijepa', 'kind_of', 'aim_of',
-           'read_any', 'convert', 'stretched']
+           'read_timm', 'lone_vit', 'check_counterpart', 'sizes_of', 'take_imagenet', 'read_run', 'config_of',
+           'network', 'unshared', 'write_run', 'write_hf', 'write_timm', 'check_sizes', 'write_ijepa', 'kind_of',
+           'aim_of', 'read_any', 'convert']
 
 # %% ../nbs/50_interop.ipynb #6cf1c04c
 import json
@@ -20,7 +20,6 @@ import pickle
 import re
 import struct
 import zipfile
-from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -30,12 +29,10 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from .config import Config, ConfigError, make_config, save_config
 from .layers import sincos2d, sincos_codes
 from .masks import check_blocks
-from .model import Encoder
 from .patches import IMAGENET_MEAN, IMAGENET_STD, positions
 from .show import weights_file
 from .train import PARTS, RunError, new_folder, open_run, sha256
@@ -264,6 +261,7 @@ def read_ijepa(
     "The authors' format (IJ's code)."
     d = read_pickle(file)
     keys = [k for k in OFFICIAL if k in d] if isinstance(d, dict) else []
+    if isinstance(d, dict) and not keys and any(isinstance(k, str) and k.endswith('patch_embed.proj.weight') for k in d): return lone_vit(d, file, str(file), heads, {file.name:sha256(file)}) # one network's state dict, as others save it
     if not keys: raise InteropError(f"{file}: has none of {', '.join(OFFICIAL)}" + (f"; it has {', '.join(map(str, list(d)[:5])) or 'nothing'}" if isinstance(d, dict) else ''))
     parts = {OFFICIAL[k]:strip(d[k], f'{file}: {k}') for k in keys}
     networks = [k for k in keys if k != 'predictor']
@@ -338,7 +336,11 @@ def read_timm(path:Path, heads:int|None=None)->Found:
         args, files = read_json(path/'config.json').get('model_args') or {}, tensor_files(path)
         if not isinstance(args, dict): raise InteropError(f"{path/'config.json'}: model_args is not a mapping")
         if 'num_heads' in args: heads = heads or entry(args, 'num_heads', 12, str(path/'config.json'))
-    tensors, where = strip(read_tensors(files), str(path)), str(path)
+    return lone_vit(read_tensors(files), path, str(path), heads, {f.name:sha256(f) for f in files})
+
+def lone_vit(tensors:dict, path:Path, where:str, heads:int|None, sums:dict)->Found:
+    "One plain ViT, which does not say whether it is a teacher or its student."
+    tensors = strip(tensors, where)
     dropped = sorted(k for k in tensors if k.startswith('head.'))
     plain = {re.sub(r'^fc_norm\.', 'norm.', k):v for k, v in tensors.items() if k not in dropped}
     if 'patch_embed.proj.weight' not in plain: raise InteropError(f"{where}: is not a ViT in the names of I-JEPA and timm; its tensors are called {', '.join(list(tensors)[:3]) or 'nothing'}")
@@ -346,7 +348,7 @@ def read_timm(path:Path, heads:int|None=None)->Found:
     check_part(plain, encoder_shapes(s), where)
     said = tuple(f'left out: {k}' for k in dropped)
     if heads is None: said += (f"{s.heads} heads are taken for a width of {s.dim}, --heads says otherwise",)
-    return Found('timm', path, s, None, dict(teacher=plain), {f.name:sha256(f) for f in files}, said)
+    return Found('timm', path, s, None, dict(teacher=plain), sums, said)
 
 # %% ../nbs/50_interop.ipynb #30421222
 ONLY = dict(mlp='plain', norm_block='layernorm', norm_out='layernorm', position='sincos', qk_norm=False) # what others have
@@ -413,7 +415,9 @@ def config_of(found:Found)->Config:
 def network(found:Found, part:str)->dict[str,Tensor]:
     "The one network of a format that has room for one."
     name = OFFICIAL[part] if found.kind in ('run', 'ijepa') else 'teacher'
-    if name not in found.parts: raise InteropError(f"{found.path}: has no {part}; it has {', '.join(k for k, v in OFFICIAL.items() if v in found.parts)}")
+    if name not in found.parts:
+        there = [k for k, v in OFFICIAL.items() if v in found.parts]
+        raise InteropError(f"{found.path}: has no {part}; it has {', '.join(there)}" + ''.join(f"; --part {k} takes that" for k in there if k != 'predictor'))
     return found.parts[name]
 
 def unshared(tensors:dict[str,Tensor])->dict[str,Tensor]:
@@ -533,18 +537,4 @@ def convert(
     say(f"wrote {out} ({KINDS[to]})  sha256 of {written.name} {sha256(written)}")
     return out
 
-KINDS = dict(run='run of this library', ijepa='official I-JEPA file', hf='Hugging Face folder', timm='timm')
-
-# %% ../nbs/50_interop.ipynb #1cc46261
-def stretched(
-    encoder:Encoder,  # with position='sincos'
-    native:int,       # patches per side it was trained at
-    side:int,         # patches per side it shall look at, square
-)->Encoder:           # the same weights, other positions
-    "Positions of `native` patches stretched over `side`, as the official code's readers, Hugging Face and timm do."
-    if encoder.codes is None: raise InteropError("stretched: this encoder rotates; its positions have no table")
-    if not isinstance(side, int) or not isinstance(native, int): raise InteropError(f"stretched: positions of {native} patches over {side}: both are numbers of patches on a side, images are square")
-    codes = encoder.codes[:native].T[None, :, :, None] # [1 d/2 native 1]
-    out = copy(encoder)
-    out._buffers = encoder._buffers | dict(codes=F.interpolate(codes, size=(side, 1), mode='bicubic', align_corners=False)[0, :, :, 0].T.contiguous())
-    return out
+KINDS = dict(run='run of this library', ijepa='official I-JEPA file', hf='Hugging Face folder', timm='plain ViT in official names')

@@ -36,6 +36,7 @@ from .config import Config, SetConfig
 from .data import BadImage, DataError, expanded, open_source
 from .heads import PROTOCOLS, head_probe
 from .metrics import check_scores, lidar_config, rank_scores
+from .model import stretched
 from .patches import CROP_TRIES, Tokens, centre_crop, crop_box, positions, resize
 from .sets import task_labels
 from .show import file_hash, root, short, weights_file, write_atomic
@@ -408,6 +409,7 @@ def evaluate(
     crops:int=4,        # views of each training image, augment='crop'
     condition=None,     # see `extract`
     part:str='teacher', # the network of a run that is asked: 'teacher', or 'encoder', the student
+    stretch:bool=False, # positions of the training's size stretched over `side`, see `stretched`; else computed
 )->dict:
     "Probe a run and write what came out: at every depth (FN), or as one of EC's protocols says."
     start, device = time.time(), 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -418,6 +420,8 @@ def evaluate(
         model, cfg = open_run(found, parts=(part,)) if found else (random_model(run), run) # before training both are one network
         model, side = getattr(model, part).to(device), side or cfg.scale.max_side*cfg.encoder.patch
         name, seed = name or cfg.run.name, cfg.run.seed if seed is None else seed
+        if stretch: model = stretched(model, cfg.scale.max_side, side//cfg.encoder.patch)
+    elif stretch: raise DataError("raw pixels have no positions to stretch")
     told = None if kind == 'raw pixels' else condition_of(open_encoder(model), condition)
     last = 0 if kind == 'raw pixels' else len(open_encoder(model).blocks)
     def look(source, ids, view, text):
@@ -446,7 +450,7 @@ def evaluate(
         run=name or kind, features='student' if kind == 'teacher' and part == 'encoder' else kind, is_random=kind == 'random init', recipe=None if kind == 'raw pixels' else cfg.run.name,
         norm=None if kind == 'raw pixels' else cfg.encoder.norm_out, seed=seed or 0,
         tier=tier, set=set_name, data=short(test_on[0].name), target=target, cuts=(cuts if isinstance(cuts, str) else list(cuts)) if target == 'dist' else None, hold_out=hold_out,
-        kind='linear', released=released, protocol=protocol, layers=layers, show=show, augment=augment, resize=how, views=len(seen), side=side or 32, condition=list(told) if told else 'off',
+        kind='linear', released=released, protocol=protocol, layers=layers, show=show, augment=augment, resize=how, views=len(seen), side=side or 32, condition=list(told) if told else 'off', stretched=stretch,
         epochs=None if protocol == 'lbfgs' else probe.get('epochs', epochs or 50), images_seen=images_seen(found) if is_run else 0,
         depths=depths, acc=probe['acc'].tolist(), val_acc=probe['val_acc'].tolist(), acc_normed=normed,
         chosen_depth=depths[chosen], acc_chosen=probe['acc_at_val_choice'], acc_interval=[low, high],

@@ -19,10 +19,11 @@ from torch.testing import assert_close
 from jepa_nb.conditioning import told_whole
 from jepa_nb.config import make_config
 from jepa_nb.data import open_source
-from jepa_nb.interop import InteropError, convert, read_any, stretched
+from jepa_nb.interop import InteropError, convert, read_any
 from jepa_nb.layers import sincos2d, sincos_codes
+from jepa_nb.model import stretched
 from jepa_nb.patches import positions
-from jepa_nb.probes import encode, evaluate, extract, image_tokens, rank_checkpoints
+from jepa_nb.probes import encode, evaluate, extract, image_tokens, knn, rank_checkpoints
 from jepa_nb.train import open_run, ship, train
 
 PLAIN = dict(position='sincos', qk_norm=False, attn_bias=True, norm_eps=1e-6, gelu='exact', pixels='imagenet')
@@ -262,6 +263,37 @@ def test_official_file_is_tensors_and_numbers(tmp_path):
     assert open_run(convert(tmp_path/'half.pth', tmp_path/'half'))[0].teacher.embed.weight.dtype == torch.float32
 
 
+def test_a_file_with_one_network(tmp_path):
+    "A bare state dict, as many save their encoder, is read like any plain ViT; a file with the student alone says how it is asked for."
+    run = our_run(SIZES[3], tmp_path/'run')
+    d = torch.load(convert(run, tmp_path/'x.pth.tar'), weights_only=True)
+    for name, tensors in (('bare', d['target_encoder']), ('plain', {k.removeprefix('module.'):v for k, v in d['target_encoder'].items()})):
+        torch.save(tensors, tmp_path/f'{name}.pth')
+        back = convert(tmp_path/f'{name}.pth', tmp_path/name, heads=4)
+        assert torch.equal(encode(back, [pictures(96)[0]])[0], encode(run, [pictures(96)[0]])[0])
+    torch.save(dict(encoder=d['encoder']), tmp_path/'student.pth.tar')
+    with pytest.raises(InteropError, match='has no target_encoder; it has encoder; --part encoder takes that'): convert(tmp_path/'student.pth.tar', tmp_path/'no', heads=4)
+    assert not (tmp_path/'no').exists() and convert(tmp_path/'student.pth.tar', tmp_path/'yes', heads=4, part='encoder').is_dir()
+    torch.save(dict(model=d['encoder']), tmp_path/'wrapped.pth')
+    with pytest.raises(InteropError, match='has none of encoder, target_encoder, predictor; it has model'): convert(tmp_path/'wrapped.pth', tmp_path/'no')
+
+
+def test_probes_at_another_size(tmp_path):
+    "Positions computed on, or stretched as others do."
+    run, few = our_run(SIZES[3], tmp_path/'run', dict(kind='positions')), dict(layers='last', train_images=40, test_images=40, progress=False)
+    images, test = open_source('scenes', images=40, side=128), open_source('scenes', images=40, side=128, split='test')
+    native, forced = (evaluate(run, images, test, stretch=s, **few) for s in (False, True))
+    on, over = (evaluate(run, images, test, side=128, stretch=s, **few) for s in (False, True))
+    assert native['knn'] == forced['knn'] and native['acc'] == forced['acc'] and (on['stretched'], over['stretched']) == (False, True)
+    teacher = open_run(run, parts=('teacher',))[0].teacher
+    for r, encoder in ((on, teacher), (over, stretched(teacher, 12, 16))):
+        seen = [t for s in (images, test) for t in (extract(encoder, s, 128, depths=[2], norm='behind')[:, 0], torch.as_tensor(s.labels))]
+        assert r['knn'] == [float(knn(*seen).mean())]
+    with pytest.raises(ValueError, match='raw pixels have no positions'): evaluate('pixels', images, test, stretch=True, **few)
+    r = jepa_nb('eval', run, '--side', 128, '--stretch', '--train-images', 20, '--test-images', 20, '--train', 'scenes', '--test', 'scenes', '--layers', 'last')
+    assert r.returncode == 0 and json.loads((run/'eval/probe.json').read_text())['stretched'] is True, r.stderr
+
+
 @pytest.mark.parametrize('to', ['x.pth.tar', 'hf'])
 def test_rank_scores_of_a_converted_checkpoint(tmp_path, to):
     "Nobody says after how many updates it was written; where there is no student, what needs one is left out."
@@ -280,7 +312,7 @@ def test_conditioning_pools_the_positions_that_the_encoder_has(tmp_path):
     want = F.avg_pool2d(sincos2d(row.pos[0], wide.codes).T.reshape(1, 32, 16, 16), 4)[0].flatten(1).T
     assert_close(told_whole(wide, row).x[0], want)
     assert not torch.allclose(told_whole(plain, row).x[0], want, atol=1e-2)
-    with pytest.raises(InteropError, match='images are square'): stretched(plain, 12, (16, 8))
+    with pytest.raises(ValueError, match='images are square'): stretched(plain, 12, (16, 8))
 
 
 def test_the_student_and_rank_scores_without_positions(tmp_path):
