@@ -31,6 +31,7 @@ ship: setup
 dry: setup
 	@$(RUN) --dry
 test: setup
+	@$(PYTHON) workflow/setup.py interop
 	@exec .venv/bin/python -m pytest -n $(CORES) --dist worksteal
 lab: setup
 	@exec .venv/bin/jupyter lab nbs

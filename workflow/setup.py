@@ -1,6 +1,7 @@
 """Makes .venv from the pins in constraints.txt; does nothing when it is up to date. Needs only the standard library.
 
-python workflow/setup.py        (or: make setup)"""
+python workflow/setup.py            (or: make setup)
+python workflow/setup.py interop    transformers, too, with which `make test` compares"""
 import fcntl
 import hashlib
 import os
@@ -11,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-VENV, OK, PINS = ROOT/'.venv', ROOT/'.venv/.ok', ROOT/'constraints.txt'
-EXTRAS = 'workbook,dev'
+VENV, OK, COMPARED, PINS = ROOT/'.venv', ROOT/'.venv/.ok', ROOT/'.venv/.ok-interop', ROOT/'constraints.txt'
+EXTRAS, WANTS_MORE = 'workbook,dev', sys.argv[1:] == ['interop']
 
 def stop(message): sys.exit(f'setup: {message}')
 
@@ -28,17 +29,17 @@ def stamp(v):
     for f in (PINS, *(ROOT/n for n in ('settings.ini', 'setup.py', 'pyproject.toml'))): h.update(f.read_bytes())
     return h.hexdigest()
 
-def fresh(python):
+def fresh(python, ok=OK):
     v = version(python)
-    return v is not None and OK.exists() and OK.read_text() == stamp(v)
+    return v is not None and ok.exists() and ok.read_text() == stamp(v)
 
 def pip(python, *args):
     # -qq: pip's warnings about the machine's own configuration are not the reader's business; errors still show
     return subprocess.run([python, '-m', 'pip', 'install', '-qq', *args], cwd=ROOT, close_fds=False).returncode
 
 def main():
-    python = VENV/'bin/python'
-    if fresh(python): return
+    python, done = VENV/'bin/python', lambda: fresh(python) and (not WANTS_MORE or fresh(python, COMPARED))
+    if done(): return
     # pip inherits the lock: if this process is killed and started again, the new one waits for the orphaned pip
     lock = open(ROOT/'.venv.lock', 'a')
     os.set_inheritable(lock.fileno(), True)
@@ -46,7 +47,8 @@ def main():
     except BlockingIOError:
         print('setup: waiting for another set-up of this folder to end', flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
-    if fresh(python): return
+    if done(): return
+    if fresh(python): return compare(python)
     if sys.version_info[:2] not in ((3, 11), (3, 12)):
         stop('needs Python 3.11 or 3.12, this is {}.{}; say: make PYTHON=/path/to/python3.11'.format(*sys.version_info))
     start = time.time()
@@ -61,5 +63,11 @@ def main():
         print('setup: no simplejpeg for this machine; JPEGs are decoded by Pillow, which is slower', flush=True)
     OK.write_text(stamp(v))
     print(f'setup: done in {time.time()-start:.0f} s', flush=True)
+    if WANTS_MORE: compare(python)
+
+def compare(python):
+    "The library that tests compare with; without it they are skipped."
+    if pip(python, '-c', PINS, '-e', '.[interop]'): print('setup: no transformers; the tests that compare with it will be skipped', flush=True)
+    else: COMPARED.write_text(stamp(version(python)))
 
 if __name__ == '__main__': main()
