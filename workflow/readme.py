@@ -46,11 +46,11 @@ def ec(tier):
     first = next(r for r in probe if r['method'] == 'EC-IJEPA')
     out = [f"{TIERS[tier]}, {int(first['n_train']):,} training and {int(first['n_test']):,} test images, and other sets by the second paper's protocols; accuracy in %, mean over seeds [smallest, largest]:", '',
            f"| features | linear probe | k-NN | RankMe | LiDAR | {' | '.join(names)} | images seen | seeds |", '|---'*(7+len(names)) + '|']
-    for m in ('EC-IJEPA', 'I-JEPA', 'random init', 'raw pixels'):
-        of = lambda found: [r for r in found if r['method'] == m]
-        mine = of(probe)
+    for label, m, before in (('EC-IJEPA', 'EC-IJEPA', ''), ('I-JEPA', 'I-JEPA', ''), ('untrained EC-IJEPA', 'random init', 'EC-IJEPA'), ('untrained I-JEPA', 'random init', 'I-JEPA'), ('raw pixels', 'raw pixels', '')):
+        of = lambda found: [r for r in found if (r['method'], r['of']) == (m, before)]
+        if not (mine := of(probe)): continue
         n = int(mine[0]['n_train'])
-        out.append(f"| {m}{f' ({n:,} training images)' if n != int(first['n_train']) else ''} | {span(mine, 'acc')} | {span(mine, 'knn')} | {span(of(rank), 'rankme')} | {span(of(rank), 'lidar')} | " + ' | '.join(span([r for r in of(sets) if r['set'] == n], 'acc') for n in names)
+        out.append(f"| {label}{f' ({n:,} training images)' if n != int(first['n_train']) else ''} | {span(mine, 'acc')} | {span(mine, 'knn')} | {span(of(rank), 'rankme')} | {span(of(rank), 'lidar')} | " + ' | '.join(span([r for r in of(sets) if r['set'] == n], 'acc') for n in names)
                    + f" | {int(float(mine[0]['images_seen'] or 0)):,} | {len({r['seed'] for r in mine})} |")
     return '\n'.join(out)
 
