@@ -11,8 +11,8 @@ __all__ = ['UNTESTED', 'SHAPE', 'SKILL', 'LN', 'TANH', 'WHOLE', 'BEFORE', 'AFTER
            'grid', 'depth_gain', 'sees_depth', 'fastest', 'times', 'compiled', 'timed_on', 'on_gpu', 'final',
            'drop_at_last', 'gain_of_norm', 'jump', 'mid_epoch', 'published_rows', 'published', 'speed', 'ec_facts',
            'methods', 'method_runs', 'check_method', 'most_against', 'on_set', 'on_sets', 'cost_of_range',
-           'same_updates', 'by_step', 'over_training', 'best_pooling', 'pooling_gain', 'more_flops', 'ahead', 'worse',
-           'told', 'runs_of', 'said', 'entry', 'ledger', 'figure_claim']
+           'same_updates', 'by_step', 'over_training', 'best_pooling', 'pooling_gain', 'told_before', 'more_flops',
+           'ahead', 'worse', 'told', 'runs_of', 'said', 'entry', 'ledger', 'figure_claim']
 
 # %% ../nbs/45_claims.ipynb #99ffe1fb
 import csv
@@ -622,6 +622,10 @@ def pooling_gain(kind:str)->Callable:
     return lambda t: paired(*(by_seed(t, 'ec_fig4_pooling', 'acc', method=EC, pooling=k) for k in ('4x4', kind)))
 
 # %% ../nbs/45_claims.ipynb #ec5d0112
+def told_before(size:int)->Callable:
+    "What being told of positions is worth to weights that were never trained, in points."
+    return lambda t: paired(*(by_seed(t, 'ec_table1_probe', 'acc', what='probe', method='random init', of=m, size=size) for m in (EC, IJ)))
+
 def more_flops(column:str, model:str)->Callable: # by draw of masks
     "Operations with conditioning over those without, in percent more."
     def values(t):
@@ -649,7 +653,8 @@ CLAIMS += [
         'We see that EC-IJEPA outperforms the baseline IJEPA with different encoder sizes', '§3', None,
         sizes('linear probe, points, EC-IJEPA − I-JEPA', lambda s: methods('ec_table1_probe', 'acc', what='probe', size=s)),
         'ec_table1_probe', (learned, seen(SKILL)), every=True, facts=ec_facts(),
-        beside=sizes('points at the last layer, behind the norm, as the paper takes features', lambda s: methods('ec_table1_probe', 'acc_last', what='probe', size=s))),
+        beside=(*sizes('points at the last layer, behind the norm, as the paper takes features', lambda s: methods('ec_table1_probe', 'acc_last', what='probe', size=s)),
+                *sizes('points before training, the same weights told of positions − not told', told_before))),
     Claim(19, 'EC', 'conditioning raises RankMe and LiDAR',
         'We see that EC-IJEPA shows higher scores for RankMe and LiDAR metrics compared to IJEPA', '§3', lambda P: ahead(P, 'rankme', 1),
         tuple(Part(f'{label}, EC-IJEPA − I-JEPA, size {s}', methods('ec_table2_rank', column, size=s)) for column, label in (('rankme', 'RankMe'), ('lidar', 'LiDAR')) for s in SIZES),
