@@ -75,7 +75,7 @@ def by_seed(
     for r in select(tables, stem, **where):
         if (v := number(r.get(column))) is not None and math.isfinite(v) and number(r.get('seed')) is not None:
             found.setdefault(int(float(r['seed'])), []).append(v)
-    if not found: raise Untested(f"{stem} has no numbers in {column}")
+    if not found: raise Untested(f"{stem} has no numbers in {column}" + (' where ' + ', '.join(f'{k} is {v}' for k, v in where.items()) if where else ''))
     return {k:float(np.mean(v)) for k, v in sorted(found.items())}
 
 # %% ../nbs/45_claims.ipynb #51370e0d

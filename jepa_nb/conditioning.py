@@ -100,20 +100,25 @@ def pooled(
     sample = torch.full_like(number[:, :1], -1).repeat(1, slots+1).scatter(1, number, image.sample.gather(1, ids))[:, :spare]
     return Tokens(total(sincos2d(pos, codes))/count.clamp(min=1), total(pos)/count.clamp(min=1), sample.masked_fill(count[..., 0] == 0, -1))
 
-def most_tokens(cfg:Config)->tuple[int,int]: # about targets, about the context
-    "Slots that a row has for tokens where their number may not depend on the batch."
+def most_tokens(
+    cfg:Config,
+    slots:int|None=None, # of the context in a row; None: those of the recipe
+)->tuple[int,int]:       # about targets, about the context
+    "Slots that a row needs for tokens, whatever is drawn."
     m, p, how = cfg.masks, cfg.pack, cfg.condition
-    if m.kind == 'window': return p.target//m.window**2, p.context//m.window**2
-    if cfg.scale.kind != 'crop': return p.target, p.context
+    slots = p.context if slots is None else slots
+    if m.kind == 'window': return p.target//m.window**2, slots//m.window**2
+    if cfg.scale.kind != 'crop': return p.target, slots
     side, up = cfg.scale.max_side, how.odd == 'short'
-    images = max(1, p.image//side**2)
+    images = max(1, p.image//side**2) if p.pool > 1 else 1
     most = lambda n, k: max(1, -(-n//k) if up else n//k)
     sizes = {h*w for h, w in target_sizes((side, side), m)}
     length = lambda n: int(run_length(torch.tensor(n, device='cpu'), how)) # a model may be built on the meta device
     lengths = {s:length(s) for s in sizes}
     targets = max(m.targets*most(s, k) if how.blocks == 'separate' else most(m.targets*s, k) for s, k in lengths.items())
-    if how.context_run == 'own': context = max(most(n, length(n)) for n in range(1, p.context+1))*images
-    else: context = images + p.context//min(lengths.values())
+    if how.context_run == 'own': context = max(most(n, length(n)) for n in range(1, slots+1))*images
+    elif images == 1: context = most(slots, min(lengths.values()))
+    else: context = images + slots//min(lengths.values())
     return images*targets, context
 
 # %% ../nbs/24_conditioning.ipynb #c0d24028
@@ -132,6 +137,7 @@ class Conditioner(nn.Module):
     def __init__(self, cfg:Config):
         super().__init__()
         self.how, self.masks, self.most, dim = cfg.condition, cfg.masks, most_tokens(cfg), cfg.encoder.dim
+        self.needed = None if cfg.pack.static else lru_cache(lambda slots: most_tokens(cfg, slots)[1]) # as slots follow the batch
         self.register_buffer('codes', sincos_codes(dim), persistent=False)
         self.marker = nn.Parameter(torch.zeros(dim)) if self.how.mark == 'type' else None
         self.project = nn.Parameter(torch.eye(dim)) if self.how.mark == 'projection' else None
@@ -143,7 +149,8 @@ class Conditioner(nn.Module):
 
     def context(self, pack:Pack, g:torch.Generator|None=None)->Tokens: # [b e d]
         "For the teacher."
-        return self.tokens(pack, about_context(pack, self.masks, self.how), self.most[1], g)
+        follows = self.needed is not None and not torch.compiler.is_compiling()
+        return self.tokens(pack, about_context(pack, self.masks, self.how), self.needed(pack.context.shape[1]) if follows else self.most[1], g)
 
     def each(self, pack:Pack, g:torch.Generator|None=None)->Tokens: # [kb e d]: all rows with block 0, then all with block 1, ...
         "For a context encoder that runs once for every target block."
@@ -174,13 +181,16 @@ def grid_tokens(
     kernel:int=4, stride:int=4,
     edge:str='floor',      # or 'ceil', 'adaptive', see ConditionConfig
     table=None,            # [n d/2], n of as many as the longer side or more: the codes of an encoder that has others than `sincos_codes`
+    dealt:bool=False,      # the positions are dealt out among the patches at random, always in the same way
 )->tuple[Tensor,Tensor]:   # [e d] codes, [e 2] places
     "All positions of an image, pooled in two dimensions (EC §2)."
     y, x = grid
     with torch.inference_mode(False), torch.no_grad():
         pos = positions(grid)
         codes = sincos_codes(dim, max(grid)) if table is None or len(table) < max(grid) else table.cpu()
-        table = torch.cat((sincos2d(pos, codes), pos), 1).T.reshape(1, dim+2, y, x)
+        table = torch.cat((sincos2d(pos, codes), pos), 1)
+        if dealt: table = table[torch.randperm(y*x, generator=torch.Generator().manual_seed(0))]
+        table = table.T.reshape(1, dim+2, y, x)
         if edge == 'adaptive': t = F.adaptive_avg_pool2d(table, tuple(max(1, round(s/stride)) for s in grid))
         else: t = F.avg_pool2d(table, (min(kernel, y), min(kernel, x)), stride, ceil_mode=edge == 'ceil')
         codes, pos = t.flatten(2)[0].T.split((dim, 2), 1)
@@ -190,7 +200,7 @@ def whole_tokens(
     tokens:Tokens,         # whole images, one or several in a row
     dim:int,
     kernel:int=4, stride:int=4, edge:str='floor',
-    table=None,            # see `grid_tokens`
+    table=None, dealt:bool=False, # see `grid_tokens`
 )->Tokens:                 # [b e d]
     "The tokens that an encoder of whole images is given, in the order of the images."
     b, device = len(tokens.sample), tokens.sample.device
@@ -198,7 +208,7 @@ def whole_tokens(
     image, of = torch.unique(row*(tokens.sample.max()+1) + tokens.sample[row, slot], return_inverse=True)
     if not len(image): return Tokens(torch.zeros(b, 0, dim, device=device), torch.zeros(b, 0, 2, device=device), tokens.sample[:, :0])
     grids = torch.zeros(len(image), 2, device=device).scatter_reduce(0, of[:, None].expand(-1, 2), tokens.pos[row, slot].float(), 'amax').long()+1
-    made = [grid_tokens(tuple(g), dim, kernel, stride, edge, table) for g in grids.tolist()]
+    made = [grid_tokens(tuple(g), dim, kernel, stride, edge, table, dealt) for g in grids.tolist()]
     count = torch.tensor([len(p) for _, p in made], device=device)
     row = image.div(tokens.sample.max()+1, rounding_mode='floor').repeat_interleave(count)
     start = torch.zeros(b, dtype=torch.long, device=device).index_add(0, row, torch.ones_like(row)).cumsum(0).roll(1); start[0] = 0
@@ -227,7 +237,7 @@ def told_whole(
     "Its extra tokens at inference, f(x, all p) (EC §2)."
     pooling, own = condition_of(encoder, condition), encoder.conditioner
     if pooling is None: return None
-    extra = whole_tokens(tokens, encoder.dim, *pooling, own.how.edge if own is not None else 'floor', encoder.codes)
+    extra = whole_tokens(tokens, encoder.dim, *pooling, own.how.edge if own is not None else 'floor', encoder.codes, own is not None and own.how.kind == 'shuffled')
     return extra if own is None else own.dress(extra)
 
 def in_mean(encoder)->bool:

@@ -106,6 +106,8 @@ class MaskConfig:
     def tile(self)->int: return self.window if self.kind == 'window' else 1 # image sides are multiples of so many patches
     @property
     def segments(self)->int: return 1 if self.kind == 'window' else self.targets
+    @property
+    def said(self)->str: return f'windows of {self.window}' if self.kind == 'window' else f'multi-block, {self.mode}' # for results
 
 @dataclass(frozen=True, config=STRICT)
 class PackConfig:
@@ -199,6 +201,10 @@ class ConditionConfig:
     in_mean:bool=False   # inference: the tokens count in an image's mean feature
     learned:Count=64     # kind=learned: so many different tokens, taken in turn
 
+    def __post_init__(self):
+        for name in ('mark', 'in_mean'):
+            if self.kind == 'none' and getattr(self, name) not in ('none', False): raise ValueError(f"{name} {getattr(self, name)}: there are no tokens while kind is none; kind=positions makes some")
+
 @dataclass(frozen=True, config=STRICT)
 class TeacherConfig:
     "EMA of the encoder: beta rises linearly start → steady → end (FN §8.2)."
@@ -288,7 +294,7 @@ class Config:
 
     def _check_parts(self):
         c, nets = self.condition, dict(encoder=self.encoder, predictor=self.predictor)
-        for name, default in (('passes', 'one'), ('predictor', 'dropped'), ('blocks', 'separate')):
+        for name, default in (('passes', 'one'), ('predictor', 'dropped'), ('blocks', 'separate'), ('parts', 2), ('odd', 'floor'), ('context_run', 'target')):
             if getattr(c, name) != default and self.masks.kind != 'multiblock': raise ValueError(f"condition.{name}={getattr(c, name)} is for target blocks: masks.kind=multiblock")
         if c.passes == 'each' and (c.predictor == 'kept' or c.blocks != 'separate'):
             raise ValueError("condition.passes=each tells of one block at a time: condition.predictor=dropped and condition.blocks=separate go with it")
@@ -304,6 +310,7 @@ class Config:
         if m.group and not (self.scale.kind == 'crop' and p.pool == 1):
             raise ValueError(f"masks.group {m.group}: a group is cut to one length, so its images have one size and a row each; "
                              "that is scale.kind=crop and pack.pool=1; or masks.group=0")
+        if p.pool == 1 and p.rows%m.contexts: raise ValueError(f"pack.rows {p.rows} would put the {m.contexts} contexts of an image (masks.contexts) into two batches; pack.rows={p.rows//m.contexts*m.contexts or m.contexts} would not")
 
 # %% ../nbs/00_config.ipynb #8f326775
 @dataclass(frozen=True, config=STRICT)

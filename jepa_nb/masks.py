@@ -177,7 +177,7 @@ def check_blocks(
         can = f"masks.min_keep={small-1} can" if small else "the grid is too small for such blocks"
         raise ConfigError(f"{here}a target block may have only {small} patches and must have more than {keep}, or the drawing never ends; {can}")
     left = min(contexts) - (0 if masks.mode == 'reference' else max(targets))
-    if left <= keep: raise ConfigError(f"{here}a context may be left with {max(left, 0)} patches and must have more than {keep}, or the drawing never ends; "
+    if left <= keep: raise ConfigError(f"{here}a context may be left with {max(left, 0)} patches and must have more than {keep}; "
                                        "smaller masks.target_scale, larger masks.context_scale or a larger grid would do")
     return max(contexts) - min(targets), max(targets)
 

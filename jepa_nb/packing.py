@@ -86,11 +86,11 @@ class Item(NamedTuple):
     target:int           # target tokens, of all blocks together; blocks are equally long
     box:tuple|None=None  # part of the stored image that is shown: top, left, height, width; None: all of it
 
-def _numbered(seed, number, images, grid, masks):
-    "The splits of group `number` of so many images."
+def _numbered(seed, number, images, grid, masks, together):
+    "The splits of group `number` of so many images; in reference mode so many groups in sequence share block sizes."
     if masks.mode == 'fixed': return multiblock_splits(images, grid, masks, np.random.Generator(np.random.Philox(key=[seed, BLOCKS], counter=[0, number, 0, 0])))
     places = np.random.SeedSequence([seed, BLOCKS, number]).generate_state(1, np.uint64)[0] >> np.uint64(1)
-    return reference_splits(images, grid, masks, number, torch.Generator().manual_seed(int(places)))
+    return reference_splits(images, grid, masks, number//together, torch.Generator().manual_seed(int(places)))
 
 _group, _single = lru_cache(16)(_numbered), lru_cache(4096)(_numbered) # a plan draws them, and soon after a decoder draws them again
 
@@ -98,11 +98,13 @@ def block_split(
     draw:int,
     grid:tuple[int,int], # patches down and across
     seed:int,
-    masks,               # MaskConfig, multiblock
+    cfg,                 # Config, of multi-block masks
 )->Split:
     "Blocks of one draw; `masks.group` images in sequence share their sizes and are cut to one length (IJ)."
+    masks = cfg.masks
     image, k, drawn = draw//masks.contexts, masks.group or 1, _group if masks.group else _single
-    return drawn(seed, image//k, k, grid, masks)[image%k*masks.contexts + draw%masks.contexts]
+    together = max(1, cfg.pack.rows//(k*masks.contexts)) if masks.group else 1 # the groups of a batch: devices, which all count their batches alike
+    return drawn(seed, image//k, k, grid, masks, together)[image%k*masks.contexts + draw%masks.contexts]
 
 def shown_at(
     draw:int,
@@ -120,7 +122,7 @@ def shown_at(
         box = crop_box(size, uniforms(seed, CROP, draw//cfg.masks.contexts, 2*CROP_TRIES+2).tolist(), scale.crop_area, scale.crop_aspect)
     else: H, W = scaled_size(size, side_at(size, u, scale.min_side*p, scale.max_side*p), p, w, scale.max_side, scale.rounding)
     if cfg.masks.kind == 'multiblock':
-        s = block_split(draw, (H//p, W//p), seed, cfg.masks)
+        s = block_split(draw, (H//p, W//p), seed, cfg)
         return Item(draw, index, (H, W), len(s.context), sum(map(len, s.targets)), box)
     n = (H//(p*w)) * (W//(p*w))
     c = context_windows(n, v, cfg.masks, cfg.pack.context)
@@ -287,7 +289,7 @@ def planned_split(
     "Which patches of a planned image are context, which are targets (FN §3.1 step 3, IJ §3)."
     p, w = cfg.encoder.patch, cfg.masks.window
     grid = item.size[0]//p, item.size[1]//p
-    if cfg.masks.kind == 'multiblock': return block_split(item.draw, grid, seed, cfg.masks)
+    if cfg.masks.kind == 'multiblock': return block_split(item.draw, grid, seed, cfg)
     ids = window_ids(grid, w)
     keys = uniforms(seed, KEYS, item.draw, (cfg.scale.max_side//w)**2)[:len(ids)]
     order = ids[keys.argsort()].reshape(-1)
@@ -385,7 +387,8 @@ class _Rows:
 
     def __getitem__(self, plan:Plan):
         "A batch, or the error that stops the run: an exception would come back wrapped in a worker's traceback."
-        try: return assemble(plan.rows[self.rank::self.world], lambda i: self.source.image(i.index),
+        first, end = (len(plan.rows)*r//self.world for r in (self.rank, self.rank+1))
+        try: return assemble(plan.rows[first:end], lambda i: self.source.image(i.index),
                              lambda i: planned_split(i, self.seed, self.cfg), self.cfg, plan.state, seed=self.seed)
         except DataError as e: return e
 

@@ -422,6 +422,7 @@ def evaluate(
         name, seed = name or cfg.run.name, cfg.run.seed if seed is None else seed
         if stretch: model = stretched(model, cfg.scale.max_side, side//cfg.encoder.patch)
     elif stretch: raise DataError("raw pixels have no positions to stretch")
+    elif condition not in (None, 'off', False): raise DataError(f"condition {condition}: raw pixels are told nothing")
     told = None if kind == 'raw pixels' else condition_of(open_encoder(model), condition)
     last = 0 if kind == 'raw pixels' else len(open_encoder(model).blocks)
     def look(source, ids, view, text):
@@ -448,7 +449,7 @@ def evaluate(
     is_run = kind == 'teacher'
     result = dict(
         run=name or kind, features='student' if kind == 'teacher' and part == 'encoder' else kind, is_random=kind == 'random init', recipe=None if kind == 'raw pixels' else cfg.run.name,
-        norm=None if kind == 'raw pixels' else cfg.encoder.norm_out, seed=seed or 0,
+        norm=None if kind == 'raw pixels' else cfg.encoder.norm_out, masks=None if kind == 'raw pixels' else cfg.masks.said, seed=seed or 0,
         tier=tier, set=set_name, data=short(test_on[0].name), target=target, cuts=(cuts if isinstance(cuts, str) else list(cuts)) if target == 'dist' else None, hold_out=hold_out,
         kind='linear', released=released, protocol=protocol, layers=layers, show=show, augment=augment, resize=how, views=len(seen), side=side or 32, condition=list(told) if told else 'off', stretched=stretch,
         epochs=None if protocol == 'lbfgs' else probe.get('epochs', epochs or 50), images_seen=images_seen(found) if is_run else 0,
@@ -538,7 +539,7 @@ def rank_checkpoints(
         rows.append(dict(step=step, images=p['images_seen'], acc=p['acc_chosen'], low=p['acc_interval'][0], high=p['acc_interval'][1], depth=p['chosen_depth'],
                          knn=p['knn_chosen'], **scores, sha256=p['checkpoint_sha256']))
     result = dict(run=cfg.run.name, norm=cfg.encoder.norm_out, seed=cfg.run.seed, tier=tier, data=short(train.name), test=short(test.name), n_train=p['n_train'], n_test=p['n_test'],
-                  rank_images=min(rank_images, len(train)), lidar_images=lidar_images, lidar_views=lidar_views, views='crops' if lidar_config(cfg).scale.kind == 'crop' else 'sizes', dim=cfg.encoder.dim, conditioned=conditioned and cfg.condition.kind != 'none', checkpoints=rows, seconds=round(time.time()-start, 1))
+                  masks=cfg.masks.said, rank_images=min(rank_images, len(train)), lidar_images=lidar_images, lidar_views=lidar_views, views='crops' if lidar_config(cfg).scale.kind == 'crop' else 'sizes', dim=cfg.encoder.dim, conditioned=conditioned and cfg.condition.kind != 'none', checkpoints=rows, seconds=round(time.time()-start, 1))
     if out is not None: write_atomic(out, json.dumps(result, indent=1)+'\n')
     return result
 

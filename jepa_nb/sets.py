@@ -7,7 +7,7 @@ __all__ = ['LARGEST', 'EUROSAT_SPLIT', 'SUN397_SPLIT', 'MAT_NUMBERS', 'SETS', 'P
            'safe_name', 'Files', 'FolderFiles', 'ZipFiles', 'gunzip', 'Span', 'TarFiles', 'open_files', 'Item',
            'Listing', 'cifar100', 'food101', 'tiny_imagenet', 'eurosat', 'sun397', 'scene_facts', 'clevr', 'read_mat',
            'kit_labels', 'imagenet', 'Public', 'checksum', 'find_archive', 'shards_from_public', 'part_of',
-           'shards_from_digits', 'distance_class', 'read_facts', 'task_labels']
+           'shards_from_digits', 'distance_class', 'rising', 'read_facts', 'task_labels']
 
 # %% ../nbs/15_sets.ipynb #e83106af
 import gzip
@@ -469,6 +469,10 @@ def distance_class(
     "Which stretch a distance lies in (VTAB's CLEVR/Dist)."
     return np.searchsorted(np.asarray(cuts, float), np.asarray(distance, float), side='left')
 
+def rising(cuts)->bool:
+    "Whether numbers can be the bounds of classes."
+    return len(cuts) > 0 and bool(np.isfinite(cuts).all() and (np.diff(cuts) > 0).all())
+
 # %% ../nbs/15_sets.ipynb #85c6aed7
 def read_facts(source, fact:str)->np.ndarray: # [i], NaN unknown
     "A fact of every image of a source."
@@ -490,6 +494,7 @@ def task_labels(
     if target not in TARGETS: raise DataError(f"{target}: no such target; there are {', '.join(TARGETS)}")
     if target == 'label': return [np.asarray(s.labels) for s in sources]
     if isinstance(cuts, str) and cuts not in CUTS: raise DataError(f"{cuts}: no such cuts; there are {', '.join(CUTS)}, or give numbers")
+    if not isinstance(cuts, str) and not rising(cuts): raise DataError(f"cuts {', '.join(f'{c:g}' for c in cuts)}: bounds of classes are finite and rise, such as 1.5, 2, 3")
     values = [read_facts(s, TARGETS[target]) for s in sources]
     known = np.concatenate([v[~np.isnan(v)] for v in values])
     if not len(known): raise DataError(f"{sources[0].name}: no image comes with a {TARGETS[target]}; --target {target} needs CLEVR or scenes")

@@ -23,6 +23,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
+from .config import load_config
+
 # %% ../nbs/01_show.ipynb #681004d4
 def root()->Path:
     "The repository: the nearest folder upwards with a settings.ini, else the current one."
@@ -292,7 +294,8 @@ def save_figure(
     out, png = str(out).removesuffix('.png'), io.BytesIO()
     with plt.rc_context(STYLE): fig.savefig(png, format='png', metadata={'Software':None})  # no version inside: equal figures are equal bytes
     hashes = {short(c):file_hash(w) for c in checkpoints if (w := weights_file(c))}
-    about = dict(figure=Path(out).name, tier=tier, claim=claim, parameters=params, commit=git_commit(), checkpoints=hashes,
+    masks = sorted({load_config(f).masks.said for c in checkpoints if (w := weights_file(c)) and (f := w.parent/'config.yaml').is_file()})
+    about = dict(figure=Path(out).name, tier=tier, claim=claim, parameters=params, commit=git_commit(), checkpoints=hashes, masks=masks,
                  versions=versions(), seconds=None if seconds is None else round(seconds, 1), notes=notes)
     write_atomic(out+'.png', png.getvalue())
     write_atomic(out+'.csv', table_csv(table))

@@ -224,10 +224,11 @@ def load_weights(jepa:JEPA, file:Path, parts=PARTS):
     try: tensors = load_file(file)
     except (OSError, SafetensorError) as e: raise RunError(f"{file}: cannot be read: {e}") from None
     for part in set(PARTS)-set(parts): setattr(jepa, part, None)
+    all_in = {k.partition('.')[0] for k in tensors}
     tensors = {k:v for k, v in tensors.items() if k.partition('.')[0] not in set(PARTS)-set(parts)}
     want, parts_in = jepa.state_dict(), {k.partition('.')[0] for k in tensors}
     if lacking := [p for p in PARTS if p in parts and p not in parts_in]:
-        raise RunError(f"{file}: has no {' and no '.join(lacking)}; it holds {', '.join(sorted(parts_in)) or 'nothing that was asked for'}")
+        raise RunError(f"{file}: has no {' and no '.join(lacking)}; it holds {', '.join(sorted(all_in)) or 'nothing'}")
     for k in want:
         if k not in tensors: raise RunError(f"{file}: has no tensor {k}, which its config asks for")
     for k, v in tensors.items():
@@ -431,6 +432,7 @@ class Meter:
         self.place = place
         dtype = torch.float32 if place.device.type == 'mps' else torch.float64
         mine = saved if saved and place.rank == 0 else dict(sums=[0.]*6, used=0., skipped=0)
+        self.tokens = list(mine.get('tokens', (0, 0, 0))) # of contexts, of targets, and images they are of, once for each context; runs of before counted none
         self.sums = torch.tensor(mine['sums'], dtype=dtype, device=place.device)
         self.used, self.skipped, self.images, self.said = mine['used'], mine['skipped'], 0, set()
 
@@ -441,27 +443,29 @@ class Meter:
         v = (n, a['pred_loss']*n, moe*n, 1, a['kept_context'], a['kept_target'])
         self.sums += torch.stack([torch.as_tensor(x, device=self.sums.device).detach().to(self.sums.dtype) for x in v])
         self.used, self.skipped, self.images = self.used+batch.used, self.skipped+len(batch.skipped), self.images+batch.images
+        self.tokens = [a+b for a, b in zip(self.tokens, (int((batch.pack.context >= 0).sum()), int((batch.pack.target >= 0).sum()), len(batch.index)))]
         for report in set(batch.skipped)-self.said: _say(f"WARNING: skipped: {report}"); self.said.add(report)
 
     def gather(self):
         "Collect every process's sums in the first; returns images since the last call."
         if self.place.world > 1:
-            host = torch.tensor([self.used, self.skipped, self.images], dtype=torch.float64, device=self.place.device)
+            host = torch.tensor([self.used, self.skipped, self.images, *self.tokens], dtype=torch.float64, device=self.place.device)
             self.place.sum(self.sums); self.place.sum(host)
-            self.used, self.skipped, self.images = host[0].item(), int(host[1]), int(host[2])
+            self.used, (self.skipped, self.images, *self.tokens) = host[0].item(), map(int, host[1:])
         images, self.images = self.images, 0
-        if self.place.rank: self.sums.zero_(); self.used = self.skipped = 0
+        if self.place.rank: self.sums.zero_(); self.used = self.skipped = 0; self.tokens = [0, 0, 0]
         return images
 
-    def state(self): return dict(sums=self.sums.tolist(), used=self.used, skipped=self.skipped)
+    def state(self): return dict(sums=self.sums.tolist(), used=self.used, skipped=self.skipped, tokens=self.tokens)
 
     def means(self):
         "Means since the last line; starts anew, but for `skipped`, which counts the whole run."
         n, loss, moe, batches, context, target = self.sums.tolist()
         used, self.used = self.used/max(batches, 1), 0.
+        (seen, asked, of), self.tokens = self.tokens, [0, 0, 0]
         self.sums.zero_()
         return dict(loss=loss/max(n, 1), moe_loss=moe/max(n, 1), kept_context=context/max(batches, 1),
-                    kept_target=target/max(batches, 1), used=used, skipped=self.skipped)
+                    kept_target=target/max(batches, 1), context_tokens=seen/max(of, 1), target_tokens=asked/max(of, 1), used=used, skipped=self.skipped)
 
 # %% ../nbs/32_train.ipynb #62de5e15
 def cut_log(path:Path, step:int):

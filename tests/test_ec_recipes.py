@@ -2,16 +2,17 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
-from jepa_nb.conditioning import most_tokens
+from jepa_nb.conditioning import about_context, most_tokens
 from jepa_nb.config import ConditionConfig, load_config
 from jepa_nb.data import open_source
 from jepa_nb.jepa import JEPA
-from jepa_nb.packing import Pack, check_slots, row_slots
-from jepa_nb.patches import Tokens
+from jepa_nb.packing import Pack, block_split, check_slots, row_slots
+from jepa_nb.patches import Tokens, positions
 from jepa_nb.probes import evaluate
 from jepa_nb.train import open_run, read_log, train
 
@@ -82,3 +83,33 @@ def test_a_step_reads_nothing_back_from_the_device(stem):
     out = jepa(pack, form='dense')
     out.loss.backward()
     assert [k.shape[1] for k in (jepa.encoder.conditioner.targets(pack).sample, jepa.teacher.conditioner.context(pack).sample)] == list(most_tokens(cfg))
+
+
+@pytest.mark.parametrize('words', [(), ('condition.odd=short',), ('condition.odd=ceil',), ('condition.context_run=own',), ('condition.parts=0',), ('masks.mode=fixed', 'masks.group=0', 'pack.context=170')])
+def test_slots_for_tokens_follow_the_batch(words):
+    "Off a CPU a row has slots for as many tokens as could be: never fewer than are told, and with a device's batch as I-JEPA cuts it no more than EC §2 counts."
+    cfg = recipe('ec_vitl16', *words)
+    for number in range(0, 40, 4):
+        splits = [block_split(number*2048+k, (14, 14), 0, cfg) for k in range(128)]
+        n, m = max(len(s.context) for s in splits), len(splits[0].targets[0])
+        told = max(int(about_context(alone(s), cfg.masks, cfg.condition).number.max())+1 for s in splits[:16])
+        room = most_tokens(cfg, n)[1]
+        assert told <= room <= most_tokens(cfg)[1]
+        if not words: assert room == max(1, n//15) and room <= told+1 and 2 <= told == n//(m//2) <= 7
+
+
+def alone(s):
+    "A batch of one image, from its split."
+    ids = lambda v: torch.as_tensor(np.asarray(v)).long()[None]
+    return Pack(Tokens(None, positions((14, 14))[None], torch.zeros(1, 196, dtype=torch.long)), ids(s.context), ids(np.concatenate(s.targets)), torch.arange(4).repeat_interleave(len(s.targets[0]))[None])
+
+
+def test_devices_of_a_step_share_block_sizes():
+    "In the authors' code every device counts its batches alike: 16 devices of 128 images have one size of targets at a step, and each a context length of its own."
+    cfg = recipe('ij_vitl16')
+    for step in range(3):
+        rows = [[block_split((step*16+d)*128+k, (14, 14), 0, cfg) for k in (0, 127)] for d in range(16)]
+        assert len({len(t) for device in rows for s in device for t in s.targets}) == 1 and all(len(a.context) == len(b.context) for a, b in rows)
+        assert len({len(a.context) for a, _ in rows}) > 1
+    sizes = {len(block_split(step*2048, (14, 14), 0, cfg).targets[0]) for step in range(40)}
+    assert sizes == {30, 35, 36, 40}
