@@ -180,15 +180,14 @@ def grid_tokens(
     dim:int,
     kernel:int=4, stride:int=4,
     edge:str='floor',      # or 'ceil', 'adaptive', see ConditionConfig
-    table=None,            # [n d/2], n of as many as the longer side or more: the codes of an encoder that has others than `sincos_codes`
+    table=None,            # [y x d]: positions of an encoder that has others than the codes, for this grid
     dealt:bool=False,      # the positions are dealt out among the patches at random, always in the same way
 )->tuple[Tensor,Tensor]:   # [e d] codes, [e 2] places
     "All positions of an image, pooled in two dimensions (EC §2)."
     y, x = grid
     with torch.inference_mode(False), torch.no_grad():
         pos = positions(grid)
-        codes = sincos_codes(dim, max(grid)) if table is None or len(table) < max(grid) else table.cpu()
-        table = torch.cat((sincos2d(pos, codes), pos), 1)
+        table = torch.cat((sincos2d(pos, sincos_codes(dim, max(grid))) if table is None else table.detach()[:y, :x].flatten(0, 1).cpu(), pos), 1)
         if dealt: table = table[torch.randperm(y*x, generator=torch.Generator().manual_seed(0))]
         table = table.T.reshape(1, dim+2, y, x)
         if edge == 'adaptive': t = F.adaptive_avg_pool2d(table, tuple(max(1, round(s/stride)) for s in grid))
@@ -237,7 +236,7 @@ def told_whole(
     "Its extra tokens at inference, f(x, all p) (EC §2)."
     pooling, own = condition_of(encoder, condition), encoder.conditioner
     if pooling is None: return None
-    extra = whole_tokens(tokens, encoder.dim, *pooling, own.how.edge if own is not None else 'floor', encoder.codes, own is not None and own.how.kind == 'shuffled')
+    extra = whole_tokens(tokens, encoder.dim, *pooling, own.how.edge if own is not None else 'floor', encoder.table, own is not None and own.how.kind == 'shuffled')
     return extra if own is None else own.dress(extra)
 
 def in_mean(encoder)->bool:

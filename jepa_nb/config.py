@@ -141,14 +141,17 @@ class EncoderConfig:
     norm_block:Norm='layernorm'   # before attention and MLP
     norm_out:Norm='layernorm'     # on the features: the subject of FN
     gelu:Literal['tanh', 'exact']='tanh' # FN: tanh; exact (IJ) is 1.8-3x faster on CPU
-    position:Literal['rope', 'sincos']='rope' # rope: FN, by rotation in every layer; sincos: IJ, a fixed code added once
+    position:Literal['rope', 'sincos', 'table']='rope' # rope: FN, by rotation in every layer; sincos: IJ, a fixed code added once; table: a learned one
+    grid:Count|None=None          # position=table: patches per side that it is for
     qk_norm:bool=True             # FN; IJ has none
     attn_bias:bool=False          # on the linear layers around attention; IJ has it
     norm_eps:Positive=1e-5        # of LayerNorm and RMSNorm; IJ: 1e-6
     init:Literal['torch', 'vit', 'vit_scaled']='torch' # vit: IJ, normal of 0.02; vit_scaled: last layers of a block smaller by depth
     pixels:Literal['unit', 'unit_bfloat16', 'imagenet']='unit' # unit: [-1, 1]; unit_bfloat16: released, rounded before it is scaled; imagenet: IJ, mean and deviation per channel
 
-    def __post_init__(self): _check_width(self)
+    def __post_init__(self):
+        _check_width(self)
+        if (self.grid is None) == (self.position == 'table'): raise ValueError(f"grid {self.grid}: position=table asks for the patches per side, such as 14, and the others for none")
 
 @dataclass(frozen=True, config=STRICT)
 class PredictorConfig:
@@ -298,6 +301,9 @@ class Config:
             if getattr(c, name) != default and self.masks.kind != 'multiblock': raise ValueError(f"condition.{name}={getattr(c, name)} is for target blocks: masks.kind=multiblock")
         if c.passes == 'each' and (c.predictor == 'kept' or c.blocks != 'separate'):
             raise ValueError("condition.passes=each tells of one block at a time: condition.predictor=dropped and condition.blocks=separate go with it")
+        e = self.encoder
+        if e.position == 'table' and (self.scale.kind != 'crop' or self.scale.max_side != e.grid or c.kind != 'none'):
+            raise ValueError(f"encoder.position=table knows grids of {e.grid}x{e.grid} patches, and no codes to tell others of: scale.kind=crop, scale.max_side={e.grid} and condition.kind=none go with it")
         if c.kind != 'none' and self.encoder.dim%4: raise ValueError(f"conditioning tokens need a width divisible by 4, not encoder.dim {self.encoder.dim}")
         if self.run.checkpointing:
             for name, net in nets.items():

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .layers import Block, Layout, apply_norm, layout, rope2d, sincos2d, sincos_codes
 from .moe import mlp as make_mlp
 from .norms import RunningNorm, norm
-from .patches import Tokens, to_imagenet, to_unit
+from .patches import Tokens, positions, to_imagenet, to_unit
 
 # %% ../nbs/23_model.ipynb #2a4fc105
 def _mean(losses)->Tensor|None:
@@ -61,8 +61,11 @@ def place(
     model,       # Encoder or Predictor
 )->tuple[Tensor,Tensor|None]: # tokens, and the angles that blocks turn them by
     "Tell tokens where they are: now, or in every layer."
-    if model.codes is None: return x, rope2d(pos, model.dim//model.heads)
-    return x + sincos2d(pos, model.codes), None
+    if model.position == 'rope': return x, rope2d(pos, model.dim//model.heads)
+    if model.table is None: return x + sincos2d(pos, model.codes), None
+    at, (y, w) = pos.long(), model.table.shape[:2]
+    if at.device.type == 'cpu' and len(at) and (at.amax(0) >= torch.tensor([y, w])).any(): raise ValueError(f"positions are a table of {y}x{w} patches; an image of others needs it `stretched` (`jepa_nb eval --stretch`)")
+    return x + F.embedding(at[..., 0]*w + at[..., 1], model.table.flatten(0, 1)), None
 
 class Encoder(nn.Module):
     "ViT on packed patches (FN §2, §8.2); the keywords are the fields of `EncoderConfig`."
@@ -75,18 +78,20 @@ class Encoder(nn.Module):
         norm_block:str='layernorm',
         norm_out:str='layernorm',# on the features
         gelu:str='tanh',
-        position:str='rope',    # or 'sincos'
+        position:str='rope',    # or 'sincos', 'table'
+        grid:int|None=None,     # patches per side of a table
         qk_norm:bool=True, attn_bias:bool=False, norm_eps:float=1e-5,
         init:str='torch',       # or 'vit', 'vit_scaled'
         pixels:str='unit',      # or 'unit_bfloat16', 'imagenet'
     ):
         super().__init__()
         new_mlp = lambda: make_mlp(mlp, dim, mlp_ratio, experts, gelu, expert_init, capacity_padding)
-        self.patch, self.dim, self.heads, self.pixels = patch, dim, heads, pixels
+        self.patch, self.dim, self.heads, self.pixels, self.position = patch, dim, heads, pixels, position
         self.embed = nn.Linear(3*patch**2, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, new_mlp(), norm_block, qk_norm, attn_bias, norm_eps) for _ in range(depth))
         self.norm = norm(norm_out, dim, norm_eps)
         self.register_buffer('codes', sincos_codes(dim) if position == 'sincos' else None, persistent=False)
+        self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(grid, grid, dim), std=.02)) if position == 'table' else None # [y x d]
         self.checkpointing, self.conditioner = False, None # what makes its extra tokens, if anything does
         if init != 'torch': init_vit(self, scaled=init == 'vit_scaled')
 
@@ -108,14 +113,14 @@ class Encoder(nn.Module):
             x, rope = place(x, lay.flat(tokens.pos), self)
             hidden, loss = through(self, x, rope, lay, keep)
             return hidden, lay, loss
-        if self.codes is not None: x, _ = place(x, lay.flat(tokens.pos), self)
+        if self.position != 'rope': x, _ = place(x, lay.flat(tokens.pos), self)
         return self.beside(x, lay, tokens, form, keep, extra, keep_extra)
 
     def beside(self, x:Tensor, lay:Layout, tokens:Tokens, form:str, keep:bool, extra:Tokens, keep_extra:bool)->tuple[list[Tensor],Layout,Tensor|None]:
         "The blocks, with extra tokens in slots behind those of the patches."
         n, both = tokens.sample.shape[1], layout(torch.cat((tokens.sample, extra.sample), 1), form)
         x = both.flat(torch.cat((lay.rows(x), extra.x.to(x.dtype)), 1))
-        rope = None if self.codes is not None else place(x, both.flat(torch.cat((tokens.pos, extra.pos), 1)), self)[1]
+        rope = None if self.position != 'rope' else place(x, both.flat(torch.cat((tokens.pos, extra.pos), 1)), self)[1]
         hidden, loss = through(self, x, rope, both, keep)
         return (hidden, both, loss) if keep_extra else ([lay.flat(both.rows(h)[:, :n]) for h in hidden], lay, loss)
 
@@ -150,7 +155,7 @@ class Predictor(nn.Module):
     ):
         super().__init__()
         new_mlp = lambda: make_mlp(mlp, dim, mlp_ratio, experts, gelu, expert_init, capacity_padding)
-        self.dim, self.heads = dim, heads
+        self.dim, self.heads, self.position, self.table = dim, heads, position, None
         self.embed = nn.Linear(in_dim, dim)
         self.mask = nn.Parameter(torch.empty(dim))
         self.blocks = nn.ModuleList(Block(dim, heads, new_mlp(), norm_block, qk_norm, attn_bias, norm_eps) for _ in range(depth))
@@ -190,14 +195,16 @@ class Predictor(nn.Module):
 
 # %% ../nbs/23_model.ipynb #e138d2f9
 def stretched(
-    encoder:Encoder,  # with position='sincos'
-    native:int,       # patches per side it was trained at
-    side:int,         # patches per side it shall look at, square
-)->Encoder:           # the same weights, other positions
-    "Positions of `native` patches stretched over `side`, as Hugging Face and timm do."
-    if encoder.codes is None: raise ValueError("stretched: this encoder rotates; its positions have no table")
-    if not isinstance(side, int) or not isinstance(native, int): raise ValueError(f"stretched: positions of {native} patches over {side}: both are numbers of patches on a side, images are square")
-    codes = encoder.codes[:native].T[None, :, :, None] # [1 d/2 native 1]
+    encoder:Encoder,           # with position='sincos' or 'table'
+    native:int,                # patches per side it was trained at; a table knows its own
+    side:int|tuple[int,int],   # patches per side it shall look at, or down and across
+)->Encoder:                    # the same weights, other positions; for looking, not for training
+    "Positions of `native` patches stretched over others, as Hugging Face and timm do."
+    if encoder.position == 'rope': raise ValueError("stretched: this encoder rotates; its positions have no table")
+    size = (side, side) if isinstance(side, int) else tuple(side)
+    if not isinstance(native, int) or len(size) != 2 or any(not isinstance(n, int) or n < 1 for n in (native, *size)): raise ValueError(f"stretched: positions of {native} patches over {side}: should be numbers of patches, such as 14 over 28, or over (28, 20)")
+    table = sincos2d(positions((native, native)).to(encoder.codes.device), encoder.codes).unflatten(0, (native, native)) if encoder.table is None else encoder.table
+    wide = F.interpolate(table.detach().float().permute(2, 0, 1)[None], size=size, mode='bicubic', align_corners=False)[0].permute(1, 2, 0).contiguous()
     out = copy(encoder)
-    out._buffers = encoder._buffers | dict(codes=F.interpolate(codes, size=(side, 1), mode='bicubic', align_corners=False)[0, :, :, 0].T.contiguous())
+    out.__dict__ = {k:v for k, v in encoder.__dict__.items() if k != 'table'} | dict(_parameters=encoder._parameters | dict(table=nn.Parameter(wide, requires_grad=False)))
     return out

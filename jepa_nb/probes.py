@@ -420,6 +420,7 @@ def evaluate(
         model, cfg = open_run(found, parts=(part,)) if found else (random_model(run), run) # before training both are one network
         model, side = getattr(model, part).to(device), side or cfg.scale.max_side*cfg.encoder.patch
         name, seed = name or cfg.run.name, cfg.run.seed if seed is None else seed
+        stretch = stretch or cfg.encoder.position == 'table' and side//cfg.encoder.patch != cfg.encoder.grid # which cannot be computed on
         if stretch: model = stretched(model, cfg.scale.max_side, side//cfg.encoder.patch)
     elif stretch: raise DataError("raw pixels have no positions to stretch")
     elif condition not in (None, 'off', False): raise DataError(f"condition {condition}: raw pixels are told nothing")

@@ -90,12 +90,12 @@ def param_groups(
     decay_all:bool=False,   # True: one group, as released
     decay_mask:bool=False,  # True: the mask token too, as IJ
 )->list[dict]:
-    "Matrices with weight decay; norms, biases, alpha and the mask token without."
+    "Matrices with weight decay; norms, biases, alpha, learned positions and the mask token without."
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if decay_all: return [dict(params=[p for _, p in named], weight_decay=weight_decay, decays=True)]
     def decays(name, p):
         if name.rpartition('.')[2] == 'mask': return decay_mask
-        return p.squeeze().ndim > 1 and not name.rpartition('.')[2].startswith(('b1', 'b2', 'bias', 'mask'))
+        return p.squeeze().ndim > 1 and not name.rpartition('.')[2].startswith(('b1', 'b2', 'bias', 'mask', 'table'))
     return [dict(params=[p for n, p in named if decays(n, p)],     weight_decay=weight_decay, decays=True),
             dict(params=[p for n, p in named if not decays(n, p)], weight_decay=0., decays=False)]
 

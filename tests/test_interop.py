@@ -2,6 +2,7 @@
 
 `pip install '.[interop]'` brings transformers. timm is not in it: it needs torchvision, whose builds each want one exact torch. What is missing is skipped.
 The notebook tests the same doors against a ViT written out by hand, in every run. Tested with transformers 5.24.0 and timm 1.0.31."""
+import contextlib
 import importlib
 import json
 import os
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from jepa_nb.conditioning import told_whole
-from jepa_nb.config import make_config
+from jepa_nb.config import ConfigError, make_config
 from jepa_nb.data import open_source
 from jepa_nb.interop import InteropError, convert, read_any
 from jepa_nb.layers import sincos2d, sincos_codes
@@ -157,9 +158,34 @@ def test_shards(hf, tmp_path):
     with pytest.raises(InteropError, match='has no tensor|says 12'): read_any(tmp_path/'hf')
 
 
-def test_learned_positions_are_refused(hf, tmp_path):
-    hf.IJepaModel(hf.IJepaConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=64, image_size=64)).save_pretrained(tmp_path/'hf')
-    with pytest.raises(InteropError, match='position_embeddings is not the fixed sin-cos table'): convert(tmp_path/'hf', tmp_path/'run')
+@pytest.mark.parametrize('side, wide', [(64, 96), (64, 48)])
+def test_a_fresh_model_has_random_positions(hf, side, wide, tmp_path):
+    "They are kept, stretched as theirs are, and go back as they came."
+    model = randomise(hf.IJepaModel(hf.IJepaConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=64, image_size=side, layer_norm_eps=1e-6)))
+    model.save_pretrained(tmp_path/'hf')
+    said = []
+    run = convert(tmp_path/'hf', tmp_path/'run', say=said.append)
+    ours = open_run(run, parts=('teacher',))[0].teacher
+    assert any('they were learned, and are kept' in line for line in said)
+    images, others = pictures(side), pictures(wide)
+    with torch.no_grad():
+        assert_close(ours(image_tokens(images, 16)), features(model, images), atol=1e-5, rtol=1e-5)
+        assert_close(stretched(ours, 4, wide//16)(image_tokens(others, 16)), features(model, others, interpolate_pos_encoding=True), atol=1e-5, rtol=1e-5)
+        with pytest.raises(ValueError, match='positions are a table of 4x4 patches') if wide > side else contextlib.nullcontext(): ours(image_tokens(others, 16))
+    back = hf.IJepaModel.from_pretrained(convert(run, tmp_path/'back', to='hf')).eval()
+    assert torch.equal(features(back, images), features(model, images))
+    official = open_run(convert(convert(run, tmp_path/'x.pth.tar'), tmp_path/'again'), parts=('teacher',))[0].teacher
+    with torch.no_grad(): assert torch.equal(official(image_tokens(images, 16)), ours(image_tokens(images, 16)))
+    train_on, test_on = (open_source('scenes', images=40, side=wide, split=s) for s in ('train', 'test'))
+    r = evaluate(run, train_on, test_on, side=wide, layers='last', progress=False)
+    assert r['stretched'] is True # nothing can be computed on
+    with pytest.raises(ConfigError, match='position=table'): convert(tmp_path/'hf', tmp_path/'no', condition='positions')
+
+
+def test_learned_positions_are_trained(tmp_path):
+    run = our_run(SIZES[3], tmp_path/'run', position='table', grid=12)
+    jepa = open_run(run)[0]
+    assert jepa.encoder.table.shape == (12, 12, 32) and not torch.equal(jepa.encoder.table, jepa.teacher.table)
 
 
 def test_their_image_processor_says_imagenet(hf, tmp_path):
@@ -309,10 +335,13 @@ def test_conditioning_pools_the_positions_that_the_encoder_has(tmp_path):
     plain = open_run(run, parts=('teacher',))[0].teacher
     wide = stretched(plain, 12, 16)
     row = image_tokens(torch.zeros(1, 128, 128, 3, dtype=torch.uint8), 8)
-    want = F.avg_pool2d(sincos2d(row.pos[0], wide.codes).T.reshape(1, 32, 16, 16), 4)[0].flatten(1).T
+    want = F.avg_pool2d(wide.table.permute(2, 0, 1)[None], 4)[0].flatten(1).T
     assert_close(told_whole(wide, row).x[0], want)
     assert not torch.allclose(told_whole(plain, row).x[0], want, atol=1e-2)
-    with pytest.raises(ValueError, match='images are square'): stretched(plain, 12, (16, 8))
+    for bad in (0, (16, 8, 2), 1.5):
+        with pytest.raises((ValueError, TypeError)): stretched(plain, 12, bad)
+    oblong, row = stretched(plain, 12, (16, 8)), image_tokens(torch.zeros(1, 128, 64, 3, dtype=torch.uint8), 8)
+    assert_close(told_whole(oblong, row).x[0], F.avg_pool2d(oblong.table.permute(2, 0, 1)[None], 4)[0].flatten(1).T)
 
 
 def test_the_student_and_rank_scores_without_positions(tmp_path):
