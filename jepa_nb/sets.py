@@ -419,11 +419,13 @@ def shards_from_public(
     except Missing as e: raise DataError(f"{e}; {public.title} comes as {', '.join(public.archives)}, or unpacked") from None
     for split in ('train', 'test'):
         if not listing.splits[split]: raise DataError(f"{source}: no {split} images of {public.title} in it")
-    if told := part_of(public, listing): warnings.warn(f"{source}: {told}", stacklevel=2)
-    elif md5 is None:
-        for path in map(Path, used):
-            want = PUBLISHED.get(path.name) if path.is_file() else None
-            if want and (got := checksum(path, progress)) != want: raise DataError(f"{path}: checksum {got}, the published one is {want}; get it again, or say --md5 any to take it as it is")
+    told = part_of(public, listing)
+    for path in map(Path, used if md5 is None else ()):
+        want = PUBLISHED.get(path.name) if path.is_file() else None
+        if not want or (got := checksum(path, progress)) == want: continue
+        if not told: raise DataError(f"{path}: checksum {got}, the published one is {want}; get it again, or say --md5 any to take it as it is")
+        told += f"; {path.name} has not the published checksum"
+    if told: warnings.warn(f"{source}: {told}", stacklevel=2)
     note = dict(kind=name, classes=listing.classes, max_side=max_side, quality=quality,
                 sources={Path(p).name: Path(p).stat().st_size if Path(p).is_file() else len(f.at) for p, f in used.items()})
     return {split: _make_split(out, split, items, listing.files[split], note, per_shard, progress) for split, items in listing.splits.items() if items}

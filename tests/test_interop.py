@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -300,6 +301,10 @@ def test_a_file_with_one_network(tmp_path):
     torch.save(dict(encoder=d['encoder']), tmp_path/'student.pth.tar')
     with pytest.raises(InteropError, match='has no target_encoder; it has encoder; --part encoder takes that'): convert(tmp_path/'student.pth.tar', tmp_path/'no', heads=4)
     assert not (tmp_path/'no').exists() and convert(tmp_path/'student.pth.tar', tmp_path/'yes', heads=4, part='encoder').is_dir()
+    torch.save(d | dict(loss=np.float64(.3), lr=np.float32(1e-3), epoch=np.int64(7)), tmp_path/'numpy.pth.tar')
+    assert convert(tmp_path/'numpy.pth.tar', tmp_path/'numpy').is_dir()
+    torch.save(d | dict(loss=np.array([print], dtype=object)), tmp_path/'object.pth.tar') # an array of anything is no number
+    with pytest.raises(InteropError, match='refused, nothing in it was run'): convert(tmp_path/'object.pth.tar', tmp_path/'no')
     torch.save(dict(model=d['encoder']), tmp_path/'wrapped.pth')
     with pytest.raises(InteropError, match='has none of encoder, target_encoder, predictor; it has model'): convert(tmp_path/'wrapped.pth', tmp_path/'no')
 

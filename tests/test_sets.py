@@ -230,6 +230,7 @@ def test_checksum(tmp_path):
     assert checksum(file, False) == file_md5(file)
     refused(tmp_path, 'food101', at, 'expected', md5=['0'*32])
     assert made('food101', tmp_path/'out', at, md5=['0'*32, file_md5(file)])['train']['images'] == 3
+    with pytest.warns(UserWarning, match='not the whole of .* food-101.tar.gz has not the published checksum'): shards_from_public('food101', tmp_path/'part', at, progress=False)
 
 def test_the_published_checksum_is_asked_of_a_whole_set(tmp_path, monkeypatch):
     at = archives('food101', tmp_path/'from')
