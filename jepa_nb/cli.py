@@ -242,10 +242,12 @@ def seed_folder(recipe, words, out):
 def train(recipe, words, out, restart_if_changed, start):
     "Train a recipe: a YAML file, and settings laid over it, e.g. run.steps=2000."
     cfg, run = seed_folder(recipe, words, out)
+    from jepa_nb.config import ConfigError
     from jepa_nb.train import train, verify
     if start is not None: verify(Path(start))
     if restart_if_changed: move_aside(run, cfg, start)
-    click.echo(train(cfg, run, start=start))
+    try: click.echo(train(cfg, run, start=start))
+    except ConfigError as e: raise ConfigError(f'{recipe}: {e}') from None # of rows and blocks, which show when images are planned
 
 # %% ../nbs/51_cli.ipynb #832ed0c5
 def move_aside(
