@@ -97,6 +97,14 @@ def test_each_rule_reaches_each_verdict(tmp_path, given, want):
     assert found == dict.fromkeys(NUMBERS, want)
 
 
+def test_few_test_images_say_nothing(tmp_path):
+    "Seeds share their test images, so an interval over seeds does not see how few they are."
+    t = tier(side=1)
+    for r in t['ec_table3_ood']: r['n_test'] = 20 if r['set'] == 'count' else 1000
+    found = {r['number']: r for r in ledger(write(tmp_path/'t', t))}
+    assert found[25]['verdict'] == UNTESTED and '20 test images of count, 500 are needed' in found[25]['reason'] and found[20]['verdict'] == 'holds'
+
+
 SCALE = {n for n in NUMBERS if CLAIMS[n-1].needs}
 EC_SCALE = {18, 19, 20, 21, 22, 24, 25} # operations (23) are counted, not learned
 @pytest.mark.parametrize('given, blocked, because', [
