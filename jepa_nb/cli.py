@@ -6,10 +6,10 @@
 __all__ = ['JOBS', 'TIER_KEYS', 'POOLING_OPTIONS', 'DEPTH_OPTIONS', 'REFUSALS', 'PUBLIC', 'CliError', 'is_ours', 'known',
            'die_with_parent', 'join_graph', 'figure_parameters', 'check_parameter', 'in_clone', 'figure_notebook',
            'words_of', 'check_resumes', 'check_pooling', 'read_sets', 'options_of', 'check_entry', 'read_tier', 'Verbs',
-           'cli', 'seed_folder', 'train', 'move_aside', 'numbers', 'pooling', 'pooling_name', 'read_sets_file', 'eval_',
-           'tell_probe', 'depth_', 'ranks', 'figure', 'yaml_value', 'run_notebook', 'data', 'shards', 'tell_shards',
-           'cifar10', 'scenes', 'ship', 'convert', 'public', 'digits', 'only_start', 'wait_for_orphans', 'spent',
-           'absent', 'check_images', 'reproduce', 'graph_environment', 'run_child', 'main']
+           'cli', 'seed_folder', 'train', 'move_aside', 'numbers', 'pooling', 'pooling_name', 'read_sets_file',
+           'own_images', 'eval_', 'tell_probe', 'depth_', 'ranks', 'figure', 'yaml_value', 'run_notebook', 'data',
+           'shards', 'tell_shards', 'cifar10', 'scenes', 'ship', 'convert', 'public', 'digits', 'only_start',
+           'wait_for_orphans', 'spent', 'absent', 'check_images', 'reproduce', 'graph_environment', 'run_child', 'main']
 
 # %% ../nbs/51_cli.ipynb #a30213ce
 import ast
@@ -17,6 +17,7 @@ import difflib
 import fcntl
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
@@ -292,9 +294,15 @@ def read_sets_file(path:str, only=())->dict:
     if not Path(path).is_file(): raise CliError(f"{path}: no such file")
     try: d = yaml.safe_load(Path(path).read_text())
     except yaml.YAMLError as e: raise CliError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
-    if isinstance(d, dict) and 'tier' in d: d = d.get('ood', {})
+    if isinstance(d, dict) and ('tier' in d or set(d) == {'ood'}): d = d.get('ood') or {}
     if not isinstance(d, dict) or not set(d)-{'runs'}: raise CliError(f"{path}: names no data sets; a tier has them under ood")
     return read_sets(d, f'{path}: ', only)
+
+def own_images(run, *named):
+    "Refuse to look for the own images of a run that came from elsewhere and has none."
+    from jepa_nb.show import weights_file
+    weights = weights_file(run)
+    if weights and (weights.parent/'origin.json').is_file() and not all(named): raise CliError(f"{run}: was converted and has no images of its own; name some by --train and --test")
 
 @cli.command('eval')
 @click.argument('run')
@@ -303,7 +311,7 @@ def read_sets_file(path:str, only=())->dict:
 @click.option('--test', 'test_data', metavar='DATA', help="Labelled images that it is tested on; default the test half of the run's own.")
 @click.option('--out', metavar='FILE', help='Default: eval/probe.json in the run folder.')
 @click.option('--side', type=click.IntRange(1, 4096), help='Pixels; default the largest side of training.')
-@click.option('--stretch', is_flag=True, help="Stretch the positions of training's size over --side, as Hugging Face and timm do; else they are computed on.")
+@click.option('--stretch', is_flag=True, help="Stretch the positions of training's size over --side, as Hugging Face and timm do; else they are computed on, where they are not a learned table.")
 @click.option('--protocol', type=click.Choice(['lbfgs', 'adam', 'in1k', 'ood_step', 'ood_cosine']), default='lbfgs', show_default=True,
               help="Of the probe: to convergence; FN's; EC's for ImageNet, and for other sets (CIFAR and its like; CLEVR).")
 @click.option('--epochs', type=click.IntRange(1), help="Default: the protocol's; a schedule shrinks with them.")
@@ -343,6 +351,7 @@ def eval_(ctx, run, words, train_data, test_data, out, sets, only, hold_out, con
     elif words: raise CliError(f"{words[0]}: settings are for a recipe; a run has its own")
     elif run != 'pixels':
         cfg = open_run(run, parts=('teacher',))[1]
+        if not sets: own_images(run, train_data, test_data or hold_out)
         out = out or f"{run}/eval/{'{set}' if sets else 'probe'}.json"
         if Path(run).is_dir() and Path(run).resolve() in Path(out).resolve().parents: lock = only_writer(Path(run)) # nobody else writes into it meanwhile
     if sets:
@@ -389,6 +398,7 @@ def depth_(run, words, train_data, test_data, out, **kw):
     elif words: raise CliError(f"{words[0]}: a run has its settings; those of its depth head begin with depth., e.g. depth.steps=1000")
     else:
         what, cfg, out = run, open_run(run, parts=('teacher',))[1], out or f'{run}/eval/depth.json'
+        own_images(run, train_data, test_data)
         if Path(run).is_dir() and Path(run).resolve() in Path(out).resolve().parents: lock = only_writer(Path(run)) # nobody else writes into it meanwhile
     with lock: r = evaluate_depth(what, figure_source(train_data, cfg, 'train'), figure_source(test_data, cfg, 'test'), out, settings, progress=sys.stderr.isatty(), **kw)
     gain = r['gain_over_constant']['rmse_oracle']
@@ -413,6 +423,7 @@ def ranks(run, train_data, test_data, out, **kw):
     from jepa_nb.probes import figure_source, rank_checkpoints
     from jepa_nb.train import only_writer, open_run
     cfg, out = open_run(run, parts=('teacher',))[1], out or f'{run}/eval/ranks.json'
+    own_images(run, train_data, test_data)
     with only_writer(Path(run)): r = rank_checkpoints(run, figure_source(train_data, cfg, 'train'), figure_source(test_data, cfg, 'test'), out, progress=sys.stderr.isatty(), **kw)
     for c in r['checkpoints']:
         released = 'there is no student' if c['lidar_released'] is None else f"{c['lidar_released']:.1f}"
@@ -538,9 +549,10 @@ def public(name:str, archives:str):
     @click.option('--from', 'source', required=True, metavar='DIR', help='A folder with the archive, the archive itself, or a folder it was unpacked to.')
     @click.option('--max-side', type=click.IntRange(1), default=512, show_default=True, help='Longer sides are shrunk to this, aspect kept.')
     @click.option('--quality', type=click.IntRange(1, 100), default=90, show_default=True, help='Of JPEGs that have to be written anew.')
-    @click.option('--md5', multiple=True, metavar='SUM', help='Checksum that the archive must have; several archives: several times. Default: the published one, of an archive with the whole set; any: none.')
+    @click.option('--md5', multiple=True, metavar='SUM', help='Checksum that the archive must have; several archives: several times. Default: the published one, of an archive with the whole set; the word any: not looked at.')
     def make(out, source, md5, **kw):
         from jepa_nb.sets import shards_from_public
+        if odd := [m for m in md5 if m != 'any' and not re.fullmatch('[0-9a-f]{32}', m)]: raise CliError(f"--md5 {odd[0]}: should be 32 digits and letters from a to f, or the word any: not looked at")
         for split, made in shards_from_public(name, out, source, md5=() if 'any' in md5 else md5 or None, **kw).items(): tell_shards(out, made, f'{split} ')
 
 for name, archives in PUBLIC.items(): public(name, archives)
@@ -652,6 +664,7 @@ def main(
 ):
     "The command `jepa_nb`."
     os.environ.setdefault('DATA', 'data') # what paths in recipes begin with
+    warnings.formatwarning = lambda message, *place, **line: f'jepa_nb: {message}\n'
     try: code = cli.main(words, prog_name='jepa_nb', standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as e: code = click.echo(e.format_message()) or 2
     except click.ClickException as e: code = click.echo(f'jepa_nb: {e.format_message()}', err=True) or 2

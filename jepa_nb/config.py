@@ -204,10 +204,6 @@ class ConditionConfig:
     in_mean:bool=False   # inference: the tokens count in an image's mean feature
     learned:Count=64     # kind=learned: so many different tokens, taken in turn
 
-    def __post_init__(self):
-        for name in ('mark', 'in_mean'):
-            if self.kind == 'none' and getattr(self, name) not in ('none', False): raise ValueError(f"{name} {getattr(self, name)}: there are no tokens while kind is none; kind=positions makes some")
-
 @dataclass(frozen=True, config=STRICT)
 class TeacherConfig:
     "EMA of the encoder: beta rises linearly start → steady → end (FN §8.2)."
@@ -301,6 +297,8 @@ class Config:
             if getattr(c, name) != default and self.masks.kind != 'multiblock': raise ValueError(f"condition.{name}={getattr(c, name)} is for target blocks: masks.kind=multiblock")
         if c.passes == 'each' and (c.predictor == 'kept' or c.blocks != 'separate'):
             raise ValueError("condition.passes=each tells of one block at a time: condition.predictor=dropped and condition.blocks=separate go with it")
+        if c.kind == 'none' and (odd := [f.name for f in fields(c) if getattr(c, f.name) != f.default]):
+            raise ValueError(f"condition.{odd[0]} {getattr(c, odd[0])}: there are no tokens while condition.kind is none; condition.kind=positions makes some")
         e = self.encoder
         if e.position == 'table' and (self.scale.kind != 'crop' or self.scale.max_side != e.grid or c.kind != 'none'):
             raise ValueError(f"encoder.position=table knows grids of {e.grid}x{e.grid} patches, and no codes to tell others of: scale.kind=crop, scale.max_side={e.grid} and condition.kind=none go with it")

@@ -240,7 +240,7 @@ def read_pickle(file:Path):
     except pickle.UnpicklingError as e:
         asked = re.search(r'GLOBAL (\S+)', str(e))
         if asked: raise InteropError(f"{file}: refused, nothing in it was run: besides tensors and numbers it asks for {asked.group(1)}") from None
-        raise InteropError(f"{file}: not a file that torch.save wrote ({first_line(e)})") from None
+        raise InteropError(f"{file}: not a file that torch.save wrote") from None
     except (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, struct.error, zipfile.BadZipFile) as e:
         raise InteropError(f"{file}: not a file that torch.save wrote, or not all of it ({first_line(e)})") from None
 
@@ -378,7 +378,7 @@ def check_counterpart(
     only = ONLY if to == 'hf' else ONLY | dict(gelu='exact', norm_eps=1e-6)
     for k, v in only.items():
         if k == 'position' and group == 'encoder' and cfg.position == 'table': continue
-        if getattr(cfg, k) != v: raise InteropError(f"{where}: {group}.{k}={getattr(cfg, k)} has no counterpart in {to}, only {str(v).lower() if isinstance(v, bool) else v} has")
+        if getattr(cfg, k) != v: raise InteropError(f"{where}: {group}.{k}={getattr(cfg, k)} has no counterpart in {to}, only {str(v).lower() if isinstance(v, bool) else v} has" + ('; to hf it can be converted' if k in ('gelu', 'norm_eps') else ''))
     if getattr(cfg, 'pixels', 'unit') == 'unit_bfloat16': raise InteropError(f"{where}: {group}.pixels=unit_bfloat16 rounds what it sees, which has no counterpart in {to}")
 
 def sizes_of(cfg, patch:int, grid:int)->Sizes:

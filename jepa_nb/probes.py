@@ -485,14 +485,13 @@ def evaluate_sets(
         key = json.dumps([data, split], sort_keys=True)
         if key not in opened: opened[key] = figure_source(data, cfg, split)
         return opened[key]
-    found = {}
-    for name, s in sets.items():
-        how = asdict(s)
-        data, *halves = (how.pop(k) for k in ('data', 'train', 'test'))
-        a, b = (half or data or default for half, default in zip(halves, (train, test)))
-        how['side'] = how['side'] or side
-        found[name] = evaluate(run, source(a, 'train'), None if s.hold_out else source(b, 'test'), out.format(set=name), set_name=name, **kw | how)
-    return found
+    def sources(name, s):
+        a, b = (half or s.data or default for half, default in zip((s.train, s.test), (train, test)))
+        try: return source(a, 'train'), None if s.hold_out else source(b, 'test')
+        except DataError as e: raise DataError(f'{name}: {e}') from None
+    images = {name: sources(name, s) for name, s in sets.items()} # all, before the first is evaluated
+    def how(s): return {k:v for k, v in asdict(s).items() if k not in ('data', 'train', 'test')} | dict(side=s.side or side)
+    return {name: evaluate(run, *images[name], out.format(set=name), set_name=name, **kw | how(s)) for name, s in sets.items()}
 
 # %% ../nbs/40_probes.ipynb #b6143423
 def kept(run:str|Path)->list[Path]:

@@ -241,6 +241,12 @@ def test_a_converted_checkpoint_is_evaluated_and_drawn(tmp_path):
     assert r.returncode == 0 and '4 heads' in r.stdout and 'parameters' in r.stdout and r.stdout.count('sha256') == 2, r.stdout+r.stderr
     assert jepa_nb('convert', tmp_path/'x.pth.tar', tmp_path/'hf', '--to', 'hf', '--part', 'target_encoder').returncode == 0
     assert jepa_nb('convert', tmp_path/'hf', tmp_path/'alone').returncode == 0
+    for verb in ('eval', 'ranks', 'depth'):
+        r = jepa_nb(verb, tmp_path/'whole')
+        assert r.returncode and 'was converted and has no images of its own; name some by --train and --test' in r.stderr and len(r.stderr.splitlines()) == 1, r.stderr
+    (tmp_path/'sets.yaml').write_text('ood: {here: {data: scenes, layers: last, train_images: 20, test_images: 20}, gone: {data: nowhere}}')
+    r = jepa_nb('eval', tmp_path/'whole', '--sets', tmp_path/'sets.yaml')
+    assert r.returncode == 1 and 'gone: ' in r.stderr and not (tmp_path/'whole/eval').exists(), r.stderr # before the first is evaluated
     few = dict(side=96, protocol='ood_step', epochs=1, train_images=8, test_images=8, progress=False)
     train_on, test_on = (open_source('scenes', images=8, side=96, split=s) for s in ('train', 'test'))
     a, b, c = (evaluate(tmp_path/n, train_on, test_on, **few) for n in ('run', 'whole', 'alone'))
