@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PARTS', 'FREE', 'lr_at', 'beta_at', 'decay_at', 'param_groups', 'make_optimizer', 'RunError', 'sha256', 'new_folder',
            'write_json', 'save_checkpoint', 'checkpoints', 'verify', 'newest', 'random_model', 'load_weights',
-           'whole_checkpoint', 'open_run', 'ship', 'only_writer', 'Stop', 'Place', 'whole_place', 'own_place',
-           'pick_device', 'place_of', 'matmul_error', 'multiplies_bfloat16', 'arithmetic', 'seeded', 'to_device',
-           'Meter', 'cut_log', 'read_log', 'feature_signs', 'own_scores', 'same_config', 'data_print', 'forget_data',
-           'same_start', 'begin', 'update', 'Guard', 'train', 'finished', 'Book']
+           'whole_checkpoint', 'open_run', 'ship', 'only_writer', 'Stop', 'all_told', 'Place', 'whole_place',
+           'own_place', 'pick_device', 'place_of', 'matmul_error', 'multiplies_bfloat16', 'arithmetic', 'seeded',
+           'to_device', 'Meter', 'cut_log', 'read_log', 'feature_signs', 'own_scores', 'same_config', 'data_print',
+           'forget_data', 'same_start', 'begin', 'update', 'Guard', 'train', 'finished', 'Book']
 
 # %% ../nbs/32_train.ipynb #5665576a
 import fcntl
@@ -338,6 +338,19 @@ class Stop:
         self.signum = signum
         for s, old in self.before.items(): signal.signal(s, old)
 
+@contextmanager
+def all_told(run:Path, stop:Stop):
+    "A signal to a whole group of processes ends loader processes too, which torch takes for a crash: leave as asked."
+    try: yield
+    except (RuntimeError, ConnectionError, EOFError) as e: # how a loader process that is gone shows
+        if isinstance(e, RuntimeError) and not any(word in str(e) for word in ('DataLoader worker', 'ancdata')): raise
+        for _ in range(40): # they may have heard it first
+            if stop.signum: break
+            time.sleep(.05)
+        else: raise
+        _say(f"{run}: stopped by {signal.Signals(stop.signum).name}, and its loader processes with it; the same command goes on from the newest checkpoint")
+        raise SystemExit(128+stop.signum) from None
+
 # %% ../nbs/32_train.ipynb #5d2db2d5
 class Place(NamedTuple):
     "One process among those that train together."
@@ -601,7 +614,7 @@ def train(
 )->Path:                 # the run folder
     "Train to `cfg.run.steps`: batch, loss, backward, step, teacher, log, save."
     run = Path(out)
-    with place_of(cfg) as place, (only_writer(run) if place.rank == 0 else nullcontext()), Stop() as stop:
+    with place_of(cfg) as place, (only_writer(run) if place.rank == 0 else nullcontext()), Stop() as stop, all_told(run, stop):
         if place.agree(finished(run, cfg, start) if place.rank == 0 else None): return run # only the first holds the lock
         device, facts = place.device, arithmetic(cfg, place.device)
         source = open_data(cfg.data)

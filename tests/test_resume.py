@@ -31,13 +31,13 @@ def results(run, step):
     log = {k:v for k, v in read_log(run).items() if k not in ('seconds', 'images_per_second')}
     return sha256(folder/'model.safetensors'), sha256(folder/'optim.safetensors'), log
 
-def start(cfg, run, **env):
+def start(cfg, run, group=False, **env):
     "The same run in a process of its own."
     run.parent.mkdir(exist_ok=True, parents=True)
     recipe = run.parent/f'{run.name}.yaml'
     save_config(cfg, recipe)
     code = f"from jepa_nb.config import load_config; from jepa_nb.train import train; train(load_config({str(recipe)!r}), {str(run)!r})"
-    return subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=group,
                             env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', **env))
 
 def wait_for(path, seconds=300):
@@ -94,6 +94,20 @@ def test_asked_to_stop(tmp_path):
         assert p.returncode == code, err
         assert f'stopped by {signum.name}' in err and 'Traceback' not in err
         assert len(checkpoints(tmp_path/'run')) == before+1
+
+@pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_everybody_asked_to_stop(tmp_path, signum, code):
+    "A signal to the whole group, loader processes and all, as a terminal or a batch system sends it."
+    cfg = tiny('run.steps=5000', 'run.log_every=1', 'run.save_every=20', 'data.workers=2')
+    for attempt in range(3): # a loader process may die in the middle of anything, so once of three
+        p = start(cfg, tmp_path/f'run{attempt}', group=True)
+        wait_for(tmp_path/f'run{attempt}/checkpoints/step_*')
+        os.killpg(p.pid, signum)
+        out, err = p.communicate(timeout=300)
+        if p.returncode == code and f'stopped by {signum.name}' in err and 'the same command goes on' in err and 'Traceback' not in err: break
+    else: raise AssertionError(err)
+    assert checkpoints(tmp_path/f'run{attempt}')
+
 
 def test_finished_run_returns_at_once(whole):
     before = (whole/'done.json').stat().st_mtime_ns
