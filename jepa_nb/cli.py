@@ -508,7 +508,7 @@ def cifar10(out, archive):
 @click.option('--images', type=click.IntRange(1), default=4000, show_default=True)
 @click.option('--side', type=click.IntRange(8), default=64, show_default=True, help='Longest side, pixels.')
 @click.option('--seed', type=int, default=0, show_default=True, help='Which world.')
-@click.option('--style', default='train', show_default=True)
+@click.option('--style', default='layered', show_default=True, help='layered, or solids, textures, shapes, light.')
 @click.option('--split', 'name', type=click.Choice(['train', 'test']), default='train', show_default=True)
 def scenes(out, **kw):
     "Shards of procedural scenes."

@@ -41,7 +41,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from .scenes import scene_classes, scene_sample, scene_sizes
+from .layered import scene_sizes
+from .scenes import scene_classes, scene_sample
 
 # %% ../nbs/11_data.ipynb #8e539d7b-2
 try:
@@ -601,7 +602,7 @@ class SceneSource(Source):
         side:int=64,           # longest side, pixels
         seed:int=0,            # which world
         split:str='train',     # any other gives scenes that train never sees
-        style:str='train',     # train, textures, shapes, light
+        style:str='layered',   # layered, solids, textures, shapes, light
         cache:str|bool='auto', # keep rendered images in memory
     ):
         self.world, self.start = dict(seed=seed, side=side, style=style), 0 if split == 'train' else TEST_FROM
@@ -661,7 +662,7 @@ def open_source(
     seed:int=0,            # scenes: which world
     split:str='train',     # which shards or sub-folder, if the path leaves it open; scenes: train or another
     cache:str|bool='auto', # keep decoded images in memory
-    style:str='train',     # scenes: train, textures, shapes, light
+    style:str='layered',   # scenes: layered, solids, textures, shapes, light
 )->Source:
     "Open local data for random access."
     if kind == 'scenes': return SceneSource(images, side, seed, split, style, cache)
@@ -909,7 +910,7 @@ def shards_from_scenes(
     images:int,
     side:int=64,       # longest side, pixels
     seed:int=0,        # which world
-    style:str='train', # train, textures, shapes, light
+    style:str='layered', # layered, solids, textures, shapes, light
     name:str='train',  # any other name takes scenes that train never sees
     per_shard:int=1000,
     progress:bool=True,
