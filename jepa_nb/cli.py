@@ -339,7 +339,8 @@ SETTINGS = ('kind', 'run', 'seed', 'tier', 'features', 'train', 'train_data', 't
 def other_setting(old, new:dict)->str|None:
     "The first setting in which a result differs from another one, as text; None where both answer the same question."
     if not isinstance(old, dict): return 'no settings'
-    return next((f'{k}={old[k]}, not {new[k]}' for k in SETTINGS if k in old and k in new and old[k] != new[k]), None)
+    odd = next((k for k in SETTINGS if k in old and k in new and old[k] != new[k]), None)
+    return odd and ('images of other sizes' if odd == 'sizes' else f'{odd}={old[odd]}, not {new[odd]}')
 
 def result_file(
     run:str,
