@@ -46,6 +46,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
+from .config import check_data
 from .scenes import scene_classes, scene_sample, scene_sizes
 
 # %% ../nbs/11_data.ipynb #8e539d7b-2
@@ -905,6 +906,7 @@ def open_data(
     cache:str|bool='auto', # keep decoded images in memory
 )->Source|Stream:
     "Open what a recipe's data settings name; URLs become a Stream, everything else a Source."
+    check_data(data)
     remote = data.kind == 'shards' and is_remote(data.path)
     if remote: return Stream(data.path, data.seed, data.replace, data.shuffle)
     return open_source(data.kind, data.path, data.images, data.side, data.seed, split, cache)

@@ -458,6 +458,14 @@ def test_the_shell_gets_no_text_of_a_tier_unquoted():
 
 # ---- evaluations
 
+@pytest.fixture(scope='module')
+def shown(tmp_path_factory):
+    "A run on shards that have labels and depth."
+    d = tmp_path_factory.mktemp('shown')
+    for name, n in (('train', 40), ('test', 16)): shards_from_scenes(d/'own', n, side=32, name=name, progress=False)
+    return train(tiny('data.kind=shards', f'data.path={d}/own/train-*.tar'), d/'run', progress=False)
+
+
 def test_half_of_other_images_is_refused(run, tmp_path, capsys):
     p = photos(tmp_path/'p', 40)
     for v in ('eval', 'depth', 'ranks'):
@@ -471,9 +479,9 @@ def test_half_of_other_images_is_refused(run, tmp_path, capsys):
     assert not (run/'eval').exists()
 
 
-def test_a_result_of_other_images_or_settings_displaces_none(run, tmp_path, capsys):
+def test_a_result_of_other_images_or_settings_displaces_none(shown, tmp_path, capsys):
     copy, p = tmp_path/'run', photos(tmp_path/'p', 40)
-    shutil.copytree(run, copy)
+    shutil.copytree(shown, copy)
     few = ('--train-images', 30, '--test-images', 10, '--layers', 'last')
     own = ('eval', copy, *few)
     code, out, err = verb(capsys, *own)
@@ -495,22 +503,23 @@ def test_a_result_of_other_images_or_settings_displaces_none(run, tmp_path, caps
     assert not list(copy.glob('.tmp*'))
 
 
-def test_scores_and_depth_heads_keep_to_their_own_files(run, tmp_path, capsys):
-    copy = tmp_path/'run'
-    shutil.copytree(run, copy)
-    ranks = ('ranks', copy, '--rank-images', 8, '--lidar-images', 4, '--lidar-views', 2, '--train-images', 30, '--test-images', 10)
+def test_scores_and_depth_heads_keep_to_their_own_files(shown, tmp_path, capsys):
+    copy, other = tmp_path/'run', tmp_path/'other'
+    for name, n in (('train', 24), ('test', 8)): shards_from_scenes(other, n, side=32, seed=1, name=name, progress=False)
+    shutil.copytree(shown, copy)
+    ranks = ('ranks', copy, '--rank-images', 8, '--lidar-images', 4, '--lidar-views', 6, '--train-images', 30, '--test-images', 10)
     assert verb(capsys, *ranks)[0] == 0
     first = contents(copy/'eval')
-    code, out, err = verb(capsys, *ranks, '--lidar-views', 3)
-    assert code == 0 and 'lidar_views=2, not 3' in err and 'eval/ranks_2/ranks.json' in out and first.items() <= contents(copy/'eval').items(), err
+    code, out, err = verb(capsys, *ranks, '--lidar-views', 7)
+    assert code == 0 and 'lidar_views=6, not 7' in err and 'eval/ranks_2/ranks.json' in out and first.items() <= contents(copy/'eval').items(), err
     depth = ('depth', copy, 'depth.steps=1', 'depth.head=conv', '--train-images', 20, '--test-images', 4)
     assert verb(capsys, *depth)[0] == 0
     first = contents(copy/'eval')
     code, out, err = verb(capsys, *depth, 'depth.steps=2')
     assert code == 0 and 'stays' in err and 'eval/depth_2.json' in out and first.items() <= contents(copy/'eval').items(), err
     assert {'depth_2.json', 'depth_2.npz', 'depth_2.safetensors'} <= set(contents(copy/'eval'))
-    code, out, err = verb(capsys, *depth, '--train', 'scenes', '--test', 'scenes')
-    assert code == 0 and 'eval/depth_on_' in out and first.items() <= contents(copy/'eval').items(), err
+    code, out, err = verb(capsys, *depth, '--train', other, '--test', other)
+    assert code == 0 and 'eval/depth_on_other.json' in out and first.items() <= contents(copy/'eval').items(), err
 
 
 @pytest.mark.parametrize('train_on, test_on, name', [
