@@ -293,12 +293,13 @@ def judge(
     claim:Claim,
     tables:Tables,
     about:Facts|None=None, # None: from the tables
+    came=None,             # what its parts came to, of `compare`; None: they are compared here
 )->Judgement:
     "The rule, applied."
-    def tried(parts):
-        came = compare(parts, tables)
+    def tried(parts, came=None):
+        came = compare(parts, tables) if came is None else came
         return [f for f in came if isinstance(f, Found)], [str(e) for e in came if isinstance(e, Untested)]
-    (found, why), (beside, _), scale = tried(claim.parts), tried(claim.beside), ''
+    (found, why), (beside, _), scale = tried(claim.parts, came), tried(claim.beside), ''
     word = combine([f.verdict for f in found]+[UNTESTED]*len(why), claim.every)
     why += [f'{len(f.seeds)} paired seed{"s"*(len(f.seeds) != 1)}, 3 are needed' for f in found if f.low is None]
     try:
@@ -890,9 +891,10 @@ def decides(
     claim:Claim,
     tables:Tables,
     about:Facts|None=None, # None: from the tables
+    came=None,             # what its parts came to, of `compare`; None: they are compared here
 )->str:
     "One line: what would decide a claim at this scale, or that it is decided."
-    came, lacks = compare(claim.parts, tables), []
+    came, lacks = compare(claim.parts, tables) if came is None else came, []
     def ask(f, *words):
         try: return f(*words)
         except Untested as e: lacks.append(e.cure or str(e))

@@ -7,9 +7,9 @@ __all__ = ['TIERS', 'WORDS', 'SHOWN', 'PRINTED', 'HERO', 'ReportError', 'Notes',
            'where_from', 'Compared', 'Stand', 'said', 'compared', 'stand', 'ledger_pages', 'Drawn', 'hash_at',
            'weights_state', 'stale_reasons', 'answers_of', 'as_text', 'provenance_of', 'drawn', 'notebook_of',
            'page_of', 'read_notebook', 'relinked', 'caption_of', 'rst', 'comments_of', 'api_lines', 'is_api_noise',
-           'modules_of', 'commands', 'templates', 'section', 'listed', 'paragraph_of', 'found_at', 'published_tables',
-           'write_figures', 'numbers_in', 'write', 'write_guides', 'write_source', 'copy_files', 'datatables',
-           'run_sphinx', 'replace_folder', 'build_report']
+           'modules_of', 'commands', 'templates', 'section', 'listed', 'paragraph_of', 'found_at', 'split_findings',
+           'published_tables', 'write_figures', 'numbers_in', 'write', 'write_guides', 'write_source', 'copy_files',
+           'datatables', 'run_sphinx', 'replace_folder', 'build_report']
 
 # %% ../nbs/53_report.ipynb #6f2ed5e2
 import csv
@@ -144,8 +144,8 @@ def stand(
 )->Stand:
     "Judge a claim at a tier; a CSV that the rule cannot read makes it untested, with the reason."
     try:
-        j, parts, beside = judge(claim, tables), compare(claim.parts, tables), compare(claim.beside, tables)
-        open_question = decides(claim, tables)
+        parts, beside = compare(claim.parts, tables), compare(claim.beside, tables)
+        j, open_question = judge(claim, tables, came=parts), decides(claim, tables, came=parts)
     except (KeyError, ValueError, TypeError, ArithmeticError, IndexError, AttributeError) as e:
         why = f'the rule cannot be applied to it ({type(e).__name__}: {e})'
         notes.add(folder/f'{claim.figure}.csv', f'claim {claim.number}: {why}')
@@ -393,7 +393,7 @@ HERO = 'fn_fig10_probe_by_depth' # the picture on the first page
 def templates(root:Path):
     "The environment that fills the templates of workflow/report."
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    env = Environment(loader=FileSystemLoader(root/'workflow'/'report'/'templates'), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    env = Environment(loader=FileSystemLoader(root/'workflow'/'report'/'templates'), autoescape=True, undefined=StrictUndefined)
     env.globals |= dict(FENCE='`'*12, UNTESTED=UNTESTED, words=WORDS, slug=lambda word: word.split()[0] if word in WORDS else 'other')
     return env
 
@@ -428,6 +428,11 @@ def found_at(tier:str, root:Path, notes:Notes)->list[str]:
         notes.add(root/'figures'/tier, f'findings cannot be computed ({type(e).__name__}: {e})')
         return ['The evaluations of this tier could not be read.']
 
+def split_findings(lines:list[str])->dict[str,list[str]]: # `first` and `rest`
+    "What a first screen says at once: the probes, and whatever is not above its baseline."
+    first = [x for x in lines if 'linear probe' in x or ' not ' in x or ' worse ' in x or ' below ' in x or ':' not in x]
+    return dict(first=first or lines, rest=[x for x in lines if x not in first] if first else [])
+
 # %% ../nbs/53_report.ipynb #eb8e74bd
 def published_tables(root:Path, stem:str, notes:Notes)->list[dict]:
     "The tables that a paper prints beside a figure."
@@ -444,7 +449,7 @@ def write_figures(
     notes:Notes,
 )->list[dict]:           # title, stem, tiers and thumbnail of each
     "A page per figure, its notebook, and the gallery."
-    stems = sorted((p.stem for p in (root/'nbs'/'figures').glob('[!_.]*.ipynb')), key=lambda s: (s != 'claims', not s.startswith('fn_'), *numbers_in(s)))
+    stems = sorted((p.stem for p in (root/'nbs'/'figures').glob('[!_.]*.ipynb')), key=lambda s: (s == 'claims', not s.startswith('fn_'), *numbers_in(s)))
     figures = []
     for stem in stems:
         path, how = notebook_of(root, stem)
@@ -511,7 +516,7 @@ def write_source(
     title = {f['stem']:f['title'] for f in figures}
     for c in claims: c['figure_title'] = title.get(c['figure'], c['figure'])
     write_guides(root, src, notes)
-    told_tiers = [dict(name=t, where=where_from(root, t), findings=found_at(t, root, notes), counts=Counter(s.verdict for c in claims for s in c['tiers'] if s.tier == t)) for t in tiers]
+    told_tiers = [dict(name=t, where=where_from(root, t), **split_findings(found_at(t, root, notes)), counts=Counter(s.verdict for c in claims for s in c['tiers'] if s.tier == t)) for t in tiers]
     first = next((t for t in ('small', 'medium', *tiers) if (root/'figures'/t/f'{HERO}.png').is_file()), None)
     hero = first and dict(stem=HERO, title=title.get(HERO, HERO), tier=first, png=f'files/{first}/{HERO}.png')
     lines = [f'At tier {s.tier}, claim {c["number"]} is now computed as {s.verdict}. {s.changed}' for c in claims for s in c['tiers'] if s.changed]
@@ -580,8 +585,9 @@ def build_report(
         shutil.rmtree(new, ignore_errors=True)
         src = Path(d)/'src'
         write_source(root, src, notes)
-        run_sphinx(src, new, Path(d)/'doctrees')
-        (new/'.buildinfo').unlink(missing_ok=True)
+        run_sphinx(src, Path(d)/'html', Path(d)/'doctrees')
+        (Path(d)/'html'/'.buildinfo').unlink(missing_ok=True)
+        shutil.copytree(Path(d)/'html', new)
         replace_folder(new, out)
     pages = sum(1 for _ in out.rglob('*.html'))
     print(f'report: {out/"index.html"} ({pages} pages, {time.time()-start:.0f} s)')
