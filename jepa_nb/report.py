@@ -333,8 +333,8 @@ def caption_of(
 # %% ../nbs/53_report.ipynb #3870a5ec
 def rst(text:str)->str:
     "Plain text with `code` as reStructuredText: nothing in it is markup but the backticks."
-    words = re.split(r'(`[^`]+`)', ' '.join(text.split()))
-    return ''.join(f'``{w[1:-1]}``' if k%2 else re.sub(r'([\\*|_`<>])', r'\\\1', w) for k, w in enumerate(words))
+    words = re.split(r'(`+[^`]+`+)', ' '.join(text.split()))
+    return ''.join(f'``{w.strip(chr(96)).strip()}``' if k%2 else re.sub(r'([\\*|_`<>])', r'\\\1', w) for k, w in enumerate(words))
 
 def comments_of(obj)->dict[str,str]: # 'return' among them
     "The comment beside every argument, field and result."
@@ -574,7 +574,7 @@ def build_report(
     out = root/out
     if not ((root/'nbs'/'figures').is_dir() and (root/'workflow'/'report').is_dir()):
         raise ReportError(f'{root} has no nbs/figures and workflow/report; the report is built in the folder of a clone')
-    if lacks := [n for n in ('sphinx', 'myst_nb', 'furo', 'sphinx_design', 'latex2mathml', 'itables') if find_spec(n) is None]:
+    if lacks := [n for n in ('sphinx', 'myst_nb', 'furo', 'latex2mathml', 'itables') if find_spec(n) is None]:
         raise ReportError(f"{', '.join(lacks)} not installed, which the report is built with; make setup installs them")
     if out.is_symlink() or out.is_file() or out.is_dir() and any(out.iterdir()) and not (out/'objects.inv').is_file():
         raise ReportError(f'{out} is there and is no report; name another folder')

@@ -5,14 +5,14 @@ from latex2mathml.converter import convert
 from jepa_nb.report import api_lines, is_api_noise
 
 project, author, html_title = 'jepa_nb', 'The jepa_nb developers', 'jepa_nb report'
-extensions = ['myst_nb', 'sphinx_design', 'sphinx.ext.autodoc', 'sphinx.ext.viewcode']
+extensions = ['myst_nb', 'sphinx.ext.autodoc']
 exclude_patterns = ['figures/*/checkpoints/**', 'extra']
 suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type', 'misc.highlighting_failure']
 nb_execution_mode, nb_merge_streams = 'off', True
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence']
 myst_heading_anchors = 3
 default_role, toc_object_entries = 'literal', False
-autodoc_member_order, autodoc_preserve_defaults, autodoc_typehints = 'bysource', True, 'signature'
+autodoc_member_order, autodoc_preserve_defaults, autodoc_typehints, autodoc_inherit_docstrings = 'bysource', True, 'signature', False
 autodoc_default_options = {'members': True, 'undoc-members': True, 'show-inheritance': False}
 autodoc_class_signature, maximum_signature_line_length = 'mixed', 90
 html_theme, html_static_path, html_extra_path = 'furo', ['static'], ['extra']
