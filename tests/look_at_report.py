@@ -37,6 +37,7 @@ def main(folder, report='report'):
                 page.screenshot(path=folder/f"{name.replace('/', '-')}-{width}.png", full_page=name == 'index')
                 if name != 'claims': continue
                 for d in page.query_selector_all('details.claim')[4:5]: d.evaluate('d => { d.open = true; d.scrollIntoView() }')
+                page.wait_for_timeout(800) # the theme scrolls smoothly
                 page.screenshot(path=folder/f'claims-open-{width}.png')
             page.close()
 
