@@ -3,6 +3,7 @@
 # make figures TIER=small   redraw from the shipped checkpoints, no training
 # make ship TIER=small      keep small checkpoints of a tier's runs beside its figures
 # make test                 every notebook and every test
+# make report             build report/index.html from whatever is there: findings, claims, figures, notebooks, API
 # make lab                  JupyterLab on nbs/
 # make dry                  what `make reproduce` would run, and why
 # make setup                only the environment, in .venv
@@ -14,7 +15,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
             $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 RUN     = JEPA_NB_PARENT=$$PPID exec .venv/bin/python -m jepa_nb.cli reproduce --tier $(TIER) --cores $(CORES) --data '$(DATA)'
 
-.PHONY: help setup reproduce figures ship dry test lab
+.PHONY: help setup reproduce figures ship dry report test lab
 .DEFAULT_GOAL := help
 help:
 	@sed -n 's/^# //p' Makefile
@@ -30,6 +31,8 @@ ship: setup
 	@$(RUN) --until ship
 dry: setup
 	@$(RUN) --dry
+report: setup
+	@exec .venv/bin/python -m jepa_nb.cli report
 test: setup
 	@$(PYTHON) workflow/setup.py interop
 	@exec .venv/bin/python -m pytest -n $(CORES) --dist worksteal

@@ -11,7 +11,7 @@ __all__ = ['JOBS', 'TIER_KEYS', 'POOLING_OPTIONS', 'DEPTH_OPTIONS', 'SETTINGS', 
            'keep_result', 'write_result', 'eval_', 'write_sets', 'tell_probe', 'depth_', 'ranks', 'figure',
            'yaml_value', 'run_notebook', 'data', 'shards', 'tell_shards', 'cifar10', 'scenes', 'ship', 'convert',
            'public', 'digits', 'only_start', 'wait_for_orphans', 'spent', 'absent', 'check_images', 'reproduce',
-           'graph_environment', 'run_child', 'main']
+           'graph_environment', 'run_child', 'report', 'main']
 
 # %% ../nbs/51_cli.ipynb #a30213ce
 import ast
@@ -787,6 +787,15 @@ def run_child(command:list[str], env:dict)->int:
     for s in (signal.SIGTERM, signal.SIGHUP): signal.signal(s, lambda s, _: child.send_signal(signal.SIGTERM))
     signal.signal(signal.SIGINT, signal.SIG_IGN) # a terminal sends it to the child as well
     return child.wait()
+
+# %% ../nbs/51_cli.ipynb #ec5d0301
+@cli.command()
+@click.option('--out', default='report', show_default=True, metavar='DIR', help='Folder to write; a report that is there is replaced.')
+def report(out):
+    "Build the report from the figures, ledgers and notebooks that are there: report/index.html, which opens without a network."
+    in_clone()
+    from importlib import import_module
+    import_module('jepa_nb.report').build_report(out=out) # a later room, and one that only a clone can enter
 
 # %% ../nbs/51_cli.ipynb #cbcda885
 def main(
