@@ -13,12 +13,15 @@ import json
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
 from .probes import bootstrap
 from .progress import wrapped
 from .show import root as repository
+from .show import short
+from .train import RunError
 
 # %% ../nbs/52_findings.ipynb #2d6f1cfc
 PAIRS = dict(FN=dict(LayerNorm='fn_ln', DynTanh='fn_tanh'), EC={'I-JEPA':'ec_ijepa', 'EC-IJEPA':'ec_ec'})
@@ -36,17 +39,18 @@ def read_answers(
     path:Path,  # the JSON of an evaluation
     what:str,   # a key of KEYS
 )->Answers|None: # None where there is no such evaluation
-    "Read what an evaluation says of every test image, at the depth that was chosen without them."
+    "Read what an evaluation says of every test image, at the depth that was chosen without them; raises RunError for a damaged file."
     if not path.is_file(): return None
     found, (mean, key) = json.loads(path.read_text()), KEYS[what]
     is_depth, scale = key.endswith('rmse_oracle'), 1 if key.endswith('rmse_oracle') else 100
     value = found['constant'][mean] if what == 'constant map' else found[mean]
     scores = index = None
-    if path.with_suffix('.npz').is_file():
-        with np.load(path.with_suffix('.npz'), allow_pickle=False) as z:
-            row = None if is_depth else found['depths'].index(found['chosen_depth'])
-            scores = scale*(z[key] if is_depth else z[key][row]).astype(float)
-            index = z['index'] if 'index' in z else np.arange(len(scores))
+    if (file := path.with_suffix('.npz')).is_file():
+        try:
+            with np.load(file, allow_pickle=False) as z: kept = dict(z)
+            scores = scale*(kept[key] if is_depth else kept[key][found['depths'].index(found['chosen_depth'])]).astype(float)
+        except (OSError, ValueError, EOFError, KeyError, IndexError, BadZipFile): raise RunError(f"{short(file)}: damaged, not the answers of an evaluation; delete it and {path.name}, and evaluate again") from None
+        index = kept.get('index', np.arange(len(scores)))
     return Answers(scale*value, scores, index, found['n_test'], found['data'])
 
 # %% ../nbs/52_findings.ipynb #afb32ac5
@@ -106,7 +110,8 @@ def by_seed(
     return {k:a for k, a in found.items() if file != 'probe' or raw is None or a.data == raw.data} or found
 
 def untrained(home:Path, run:str, what:str, seeds, suffix:str='')->list[Answers]: # one per seed; empty where there is none at all
-    "The same network before training, seed by seed."
+    "The same network before training, seed by seed; a norm that has none takes the other's: at every depth before the output norm they are one network."
+    if run in PAIRS['FN'].values(): run = next((r for r in (run, *PAIRS['FN'].values()) if any((home/'baselines'/f'{r}-seed{k}{suffix}.json').is_file() for k in seeds)), run)
     own = {k:read_answers(home/'baselines'/f'{run}-seed{k}{suffix}.json', what) for k in seeds}
     there = [a for a in own.values() if a]
     return [a or there[0] for a in own.values()] if there else []
@@ -141,7 +146,7 @@ def depth_findings(tier:str, pair:str, home:Path)->list[Finding]:
     for name, run in PAIRS[pair].items():
         seeds = by_seed(home, run, 'linear probe')
         ours, flat = ({k:a for k, a in by_seed(home, run, what, 'depth').items() if k in seeds} for what in ('depth RMSE', 'constant map'))
-        before = untrained(home, run, 'depth RMSE', ours, '-depth') or next((b for r in PAIRS[pair].values() if (b := untrained(home, r, 'depth RMSE', ours, '-depth'))), [])
+        before = untrained(home, run, 'depth RMSE', ours, '-depth')
         found += [compare(tier, pair, name, 'depth RMSE', ours, {k:v}) for k, v in {'constant map':list(flat.values()), 'same network untrained':before}.items()]
     return [f for f in found if f]
 
