@@ -100,7 +100,7 @@ class Progress:
         self.start = self.told = clock()
         self.running, self.finished, self.failed = {}, {}, {} # Snakemake's number of a job -> (Job, start) | (Job, seconds) | Job
         self.is_stopping = False
-        is_live = self.out.isatty()
+        is_live = self.out.isatty() and bool(self.jobs)
         self.bar = tqdm(total=len(self.jobs), file=self.out, dynamic_ncols=True, mininterval=0, leave=False, bar_format='{n_fmt}/{total_fmt} jobs |{bar:10}| {desc}') if is_live else None
 
     def seconds_left(self)->float|None:
