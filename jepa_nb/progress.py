@@ -116,7 +116,7 @@ class Progress:
     def text(self)->str:
         "Time spent and left, and what runs now."
         left, spent = self.seconds_left(), duration(self.clock()-self.start)
-        names = ', '.join(j.name for j, _ in self.running.values()) or 'waiting for a job'
+        names = ', '.join(j.name for j, _ in self.running.values()) or ('finishing' if len(self.finished)+len(self.failed) >= len(self.jobs) else 'waiting for a job')
         return spent+(f', about {duration(left)} left' if left else '')+': '+names
 
     def read(self, line:str):
