@@ -167,7 +167,7 @@ def test_pages_fit_and_pictures_load(visit, width):
 @in_browser
 def test_a_claim_unfolds_and_the_filter_filters(visit):
     page = visit('claims')
-    rows = lambda: page.eval_on_selector_all('table.ledger tbody tr', 'rows => rows.map(r => r.id)')
+    rows = lambda: page.eval_on_selector_all('table.ledger > tbody > tr', 'rows => rows.map(r => r.id)')
     assert len(rows()) == 25 and rows()[0] == 'claim-1'
     assert not page.is_visible('#claim-5 blockquote')
     page.click('#claim-5 details.claim summary')
@@ -177,7 +177,7 @@ def test_a_claim_unfolds_and_the_filter_filters(visit):
     page.fill('#filter-text', '')
     page.select_option('#filter-verdict', 'fails')
     page.select_option('#filter-tier', 'medium')
-    assert rows() == page.eval_on_selector_all('table.ledger tbody tr:has(td[data-tier=medium][data-verdict=fails])', 'rows => rows.map(r => r.id)') != []
+    assert rows() == page.eval_on_selector_all('table.ledger > tbody > tr:has(td[data-tier=medium][data-verdict=fails])', 'rows => rows.map(r => r.id)') != []
     page.select_option('#filter-verdict', '')
     page.select_option('#filter-paper', 'EC')
     assert len(rows()) == 8 and '8 of 25' in page.inner_text('#ledger-count')
