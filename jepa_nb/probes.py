@@ -558,26 +558,31 @@ def _lacks(home:Path, names, reads)->str|None:
     for name in names:
         if not _seeds(home, name): return name
         for f in _seeds(home, name):
-            if missing := next((r for r in reads if not (f/'eval'/r).is_file()), None): return f'{name}/{f.name}/eval/{missing}'
+            missing = next((r for r in reads if not (f/'eval'/r).is_file()), None)
+            if missing: return f'{name}/{f.name}/eval/{missing}'
     return None
 
 def runs_home(
-    given,             # the notebook's parameters that are run folders: a list of folders, one of them, or None
-    names,             # names of the runs that the figure needs where none is given
+    given,                 # the notebook's parameters that are run folders: a list of folders, one of them, or None
+    names,                 # names of the runs that the figure needs where none is given
     reads=('probe.json',), # files in eval/ that it reads of each
-    tier:str|None=None, # where to look: smoke, quick, small, medium, paper; None: where the best are
-    needed:bool=True,  # refuse where none are found; else None is returned
+    tier:str|None=None,    # where to look: smoke, quick, small, medium, paper; None: where the best are
+    needed:bool=True,      # refuse where none are found; else None is returned
 )->Path|None:
-    "The folder with the runs that a figure compares: beside the first run given, else that of a tier, which is printed."
-    if first := next((g for g in given if g), None): return at(first if isinstance(first, (str, Path)) else first[0]).absolute().parents[1]
-    homes = [f'runs/{tier}', f'figures/{tier}/checkpoints'] if tier else [*(f'figures/{t}/checkpoints' for t in COMMITTED), 'runs/quick']
+    "The folder with the runs that a figure compares: beside the first one given, else that of a tier, which it prints."
+    if first := next((g for g in given if g), None):
+        return at(first if isinstance(first, (str, Path)) else first[0]).absolute().parents[1]
+    homes = [f'figures/{t}/checkpoints' for t in ([tier] if tier else COMMITTED)]
+    homes = [f'runs/{tier}', *homes] if tier else [*homes, 'runs/quick']
     lacking = {h:_lacks(root()/h, names, reads) for h in homes}
-    found = next((h for h, what in lacking.items() if what is None), None)
-    if found:
-        seeds = ', '.join(f"{n} ({len(_seeds(root()/found, n))} seed{'s' if len(_seeds(root()/found, n)) > 1 else ''})" for n in names)
-        print(f"tier {tier_of(root()/found/'x')}, {'committed checkpoints' if found.endswith('checkpoints') else 'runs of this machine'} in {found}: {seeds}")
+    if found := next((h for h, what in lacking.items() if what is None), None):
+        count = {n:len(_seeds(root()/found, n)) for n in names}
+        kind = 'committed checkpoints' if 'checkpoints' in found else 'runs of this machine'
+        print(f"tier {tier_of(root()/found/'x')}, {kind} in {found}: " + ', '.join(f"{n} ({k} seed{'s' if k > 1 else ''})" for n, k in count.items()))
         return root()/found
-    if needed: raise RunError(f"no runs given, and none found: {'; '.join(f'{h} has no {what}' for h, what in lacking.items())}; `make reproduce TIER={tier or 'quick'}` makes them")
+    if needed:
+        where = '; '.join(f'{h} has no {what}' for h, what in lacking.items())
+        raise RunError(f"no runs given, and none found: {where}; `make reproduce TIER={tier or 'quick'}` makes them")
     return None
 
 def find_runs(

@@ -313,7 +313,8 @@ def run_scale(
     seconds, path = _seconds(Path(run)), Path(cfg.data.path or 'scenes')
     rendered = cfg.data.kind == 'scenes' or path.parent.name == 'scenes'
     data = 'scenes' if rendered else path.name if cfg.data.kind == 'folder' else path.parent.name
-    return dict(seed=cfg.run.seed, data=data, rendered=rendered, side=cfg.data.side if rendered else cfg.scale.max_side*cfg.encoder.patch,
+    side = cfg.data.side if rendered else cfg.scale.max_side*cfg.encoder.patch
+    return dict(seed=cfg.run.seed, data=data, rendered=rendered, side=side,
                 images=cfg.data.images if rendered else None, seen=state.get('images'), minutes=seconds and seconds/60, threads=cfg.run.threads,
                 device=state.get('facts', {}).get('device', 'cpu'))
 
@@ -325,8 +326,25 @@ def _span(values, text)->str:
     shown = list(dict.fromkeys(text(v) for v in sorted(v for v in values if v is not None)))
     return ' to '.join(dict.fromkeys((shown[0], shown[-1]))) if shown else ''
 
-def _minutes(m:float)->str: return f'{round(m):,}' if m >= 10 else f'{max(round(2*m), 1)/2:g}' # to half a minute, so that equal runs say the same
+def _minutes(m:float)->str:
+    "Minutes to the half, so that equal runs say the same."
+    return f'{round(m):,}' if m >= 10 else f'{max(round(2*m), 1)/2:g}'
+
 def _count(n:int)->str: return f'{n/1e6:.3g} M' if n >= 1e6 else f'{n:,}'
+
+def _trained(facts:list[dict], timed:bool)->list[str]:
+    "What runs were trained on: minutes and cores where that is asked, images, seeds."
+    def span(key, text): return _span((f[key] for f in facts), text)
+    each, seeds = 'each run' if len(facts) > 1 else 'one run', sorted({f['seed'] for f in facts})
+    place = f"{span('threads', str)} core{'s' if max(f['threads'] for f in facts) != 1 else ''}"
+    if not facts[0]['threads']: place = 'all cores'
+    if facts[0]['device'] != 'cpu': place = 'a GPU'
+    if all(f['rendered'] for f in facts): images = f"{span('images', _count)} rendered images of {span('side', str)} px"
+    else:
+        names = ', '.join(dict.fromkeys(f['data'] for f in facts))
+        images = f"{span('seen', _count) or 'unknown'} images of {names} at {span('side', str)} px"
+    first = f"{each} {span('minutes', _minutes)} min on {place}, {images}" if timed else f'{each} saw {images}'
+    return [first, f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"]
 
 def scale_line(
     tier:str|None, # smoke, quick, small, medium, paper; None: none of them
@@ -336,22 +354,12 @@ def scale_line(
     "The scale of a figure in one line."
     if tier == 'smoke': return LEARNS_NOTHING
     facts = [run_scale(f) for f in runs if weights_file(f)]
-    parts, also = [], 'see the report for small and medium' if tier == 'quick' else ''
-    if not facts and not data: return also and f'{tier}: {also}' or None
-    if not facts: parts, data = [f'{data}, nothing trained'], None
-    else:
-        timed = all(f['minutes'] for f in facts) and tier not in ('small', 'medium') # those were trained elsewhere
-        cores = _span((f['threads'] for f in facts), '{:g}'.format)
-        place = 'a GPU' if facts[0]['device'] != 'cpu' else f"{cores} core{'s' if cores != '1' else ''}"
-        each = 'each run' if len(facts) > 1 else 'one run'
-        if timed: parts.append(f"{each} {_span((f['minutes'] for f in facts), _minutes)} min on {place}")
-        side = _span((f['side'] for f in facts), str)
-        if all(f['rendered'] for f in facts): parts.append(f"{_span((f['images'] for f in facts), _count)} rendered images of {side} px")
-        else: parts.append(f"{'' if timed else each+' saw '}{_span((f['seen'] for f in facts), _count) or 'unknown numbers of'} images of {', '.join(dict.fromkeys(f['data'] for f in facts))} at {side} px")
-        seeds = sorted({f['seed'] for f in facts})
-        parts.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
-    if data: parts.append(data)
-    return (f'{tier}: ' if tier else '') + ', '.join(parts) + (f' – {also}' if also else '')
+    also = 'see the report for small and medium' if tier == 'quick' else ''
+    if not facts and not data: return f'{tier}: {also}' if also else None
+    timed = all(f['minutes'] for f in facts) and tier not in COMMITTED # those were trained elsewhere
+    parts = _trained(facts, timed) if facts else ['nothing trained']
+    said = ', '.join([*parts, data] if facts and data else parts if facts else [data, *parts])
+    return (f'{tier}: ' if tier else '') + said + (f' – {also}' if also else '')
 
 def write_scale(
     fig,
@@ -364,7 +372,8 @@ def write_scale(
     fig.draw_without_rendering() # the layout is known only then
     box, (width, height) = fig.get_tightbbox(), fig.get_size_inches()
     text = '\n'.join(textwrap.wrap(line, max(24, int(17*box.width)))) # about 17 characters an inch
-    t = fig.text(max(box.x0, 0)/width, (box.y0-.07)/height, text, ha='left', va='top', fontsize=6.5, color='#777777', linespacing=1.25, gid='scale')
+    t = fig.text(max(box.x0, 0)/width, (box.y0-.07)/height, text, ha='left', va='top', fontsize=6.5, color='#777777',
+                 linespacing=1.25, gid='scale')
     t.set_label(line)
     t.set_visible(visible)
     return fig
@@ -381,7 +390,8 @@ def say_scale(
     tier = named if named and (root()/'params'/f'{named}.yaml').is_file() else next((tier_of(f) for f in runs), None)
     name = getattr(source, 'name', '')
     data = f'drawn from {name}' if ' in place of ' in name else None
-    if not runs and name: data = 'rendered images' if 'scenes' in name else f'images of {Path(name).parent.name or name}'
+    if not runs and name:
+        data = 'rendered images' if 'scenes' in name else f'images of {Path(name).parent.name or name}'
     return write_scale(fig, scale_line(tier, runs, data), not out or tier not in COMMITTED)
 
 def written_scale(fig)->str|None:
@@ -389,7 +399,7 @@ def written_scale(fig)->str|None:
     return next((t.get_label() for t in fig.texts if t.get_gid() == 'scale'), None)
 
 # %% ../nbs/01_show.ipynb #5ca1e006
-PROVENANCE = ('commit', 'versions', 'machine', 'seconds', 'sha256') # may differ between two drawings of the same numbers
+PROVENANCE = ('commit', 'versions', 'machine', 'seconds', 'sha256') # may differ though the numbers are the same
 _NUMBER = re.compile(r'\d+(?:\.\d+)?(?:e[-+]?\d+)?')
 
 def _alike(a:str, b:str, rounded:bool)->bool:
@@ -407,12 +417,13 @@ def same_numbers(
     "Whether two texts have the same words, and the same numbers but for the last digits."
     if a == b: return True
     x, y = _NUMBER.findall(a), _NUMBER.findall(b)
-    return len(x) == len(y) and _NUMBER.split(a) == _NUMBER.split(b) and all(_alike(p, q, rounded) for p, q in zip(x, y))
+    if len(x) != len(y) or _NUMBER.split(a) != _NUMBER.split(b): return False
+    return all(_alike(p, q, rounded) for p, q in zip(x, y))
 
 def same_picture(
     a, b, # files, or readable streams, of PNGs
 )->bool:
-    "Whether two pictures look the same: of one size, and at most one pixel in 10,000 differs by more than 8 of 255 steps."
+    "Whether two pictures look the same: one size, and at most one pixel in 10,000 differs by more than 8 of 255."
     x, y = (np.asarray(Image.open(p).convert('RGB'), dtype=np.int16) for p in (a, b))
     return x.shape == y.shape and (np.abs(x-y).max(-1) > 8).mean() <= 1e-4
 
@@ -431,15 +442,16 @@ def is_stale(
     out, # stem of a figure, without a suffix
 )->bool:
     "Whether a figure's CSV or PNG is another than its JSON was written for."
-    about = json.loads(Path(f'{out}.json').read_text())
-    return any(not Path(f'{out}.{k}').is_file() or file_hash(f'{out}.{k}') != about.get('sha256', {}).get(k) for k in ('csv', 'png'))
+    sums = json.loads(Path(f'{out}.json').read_text()).get('sha256', {})
+    return any(not (p := Path(f'{out}.{k}')).is_file() or file_hash(p) != sums.get(k) for k in ('csv', 'png'))
 
 def _is_drawn(out:str, png:bytes, text:str, about:dict)->bool:
-    "Whether the files of a figure hold this picture and these numbers; if so they get a new date, which the graph asks for."
+    "Whether the files of a figure hold this picture and these numbers; if so they get a new date, for the graph."
     files = [Path(f'{out}.{k}') for k in ('png', 'csv', 'json')]
     if not all(p.is_file() for p in files) or is_stale(out): return False
     facts = lambda d: json.dumps({k:v for k, v in d.items() if k not in PROVENANCE}, sort_keys=True, ensure_ascii=False)
-    same = same_numbers(facts(json.loads(files[2].read_text())), facts(about), rounded=True) and same_numbers(files[1].read_text(), text) and same_picture(files[0], io.BytesIO(png))
+    same = (same_numbers(facts(json.loads(files[2].read_text())), facts(about), rounded=True)
+            and same_numbers(files[1].read_text(), text) and same_picture(files[0], io.BytesIO(png)))
     for p in files if same else (): os.utime(p)
     return same
 
@@ -454,7 +466,7 @@ def save_figure(
     seconds=None,    # what the notebook took; stands in the JSON only
     notes=None,      # text or dict, anything else a reader should know
 ):
-    "Write out.png, out.csv and out.json, each whole or not at all; files that hold the same picture and numbers already are left as they are."
+    "Write out.png, out.csv and out.json, each whole or not at all; left alone where picture and numbers are the same."
     if out is None: return
     out, png = str(out).removesuffix('.png'), io.BytesIO()
     if not written_scale(fig): write_scale(fig, scale_line(tier, checkpoints), tier not in COMMITTED)
@@ -463,7 +475,8 @@ def save_figure(
     hashes = {short(c):file_hash(w) for c in checkpoints if (w := weights_file(c))}
     masks = sorted({load_config(f).masks.said for c in checkpoints if (w := weights_file(c)) and (f := w.parent/'config.yaml').is_file()})
     about = dict(figure=Path(out).name, tier=tier, claim=claim, parameters=params, commit=git_commit(), checkpoints=hashes, masks=masks,
-                 versions=versions(), machine=machine(), seconds=None if seconds is None else round(seconds, 1), scale=written_scale(fig), notes=notes,
+                 versions=versions(), machine=machine(), seconds=None if seconds is None else round(seconds, 1),
+                 scale=written_scale(fig), notes=notes,
                  sha256=dict(csv=hashlib.sha256(text.encode()).hexdigest(), png=hashlib.sha256(png).hexdigest()))
     if _is_drawn(out, png, text, _plain(about)): return
     write_atomic(out+'.png', png)
@@ -486,7 +499,9 @@ def read_figure(
     "What `save_figure` left; a FileNotFoundError where no tier has this figure."
     tiers = [tier] if tier else COMMITTED
     found = next((t for t in tiers if (root()/'figures'/t/f'{stem}.csv').is_file()), None)
-    if found is None: raise FileNotFoundError(f"figures/{{{','.join(tiers)}}}/{stem}.csv: no such figure; `make reproduce TIER={tiers[-1]}` draws it")
+    if found is None:
+        first = tiers[0]
+        raise FileNotFoundError(f"figures/{first}/{stem}.csv: no such figure; `make reproduce TIER={first}` draws it")
     base = root()/'figures'/found/stem
     with open(f'{base}.csv', newline='') as f: rows = [{k:_value(v) for k, v in r.items()} for r in csv.DictReader(f)]
     return found, rows, json.loads(Path(f'{base}.json').read_text())
