@@ -576,9 +576,10 @@ def runs_home(
     homes = [f'runs/{tier}', *homes] if tier else [*homes, 'runs/quick']
     lacking = {h:_lacks(root()/h, names, reads) for h in homes}
     if found := next((h for h, what in lacking.items() if what is None), None):
-        count = {n:len(_seeds(root()/found, n)) for n in names}
+        counts = [(n, len(_seeds(root()/found, n))) for n in names]
+        seeds = ', '.join(f"{n} ({k} seed{'s' if k > 1 else ''})" for n, k in counts)
         kind = 'committed checkpoints' if 'checkpoints' in found else 'runs of this machine'
-        print(f"tier {tier_of(root()/found/'x')}, {kind} in {found}: " + ', '.join(f"{n} ({k} seed{'s' if k > 1 else ''})" for n, k in count.items()))
+        print(f"tier {tier_of(root()/found/'x')}, {kind} in {found}: {seeds}")
         return root()/found
     if needed:
         where = '; '.join(f'{h} has no {what}' for h, what in lacking.items())
@@ -650,8 +651,9 @@ def _absent(data, cfg:Config)->str|None:
     "The folder of images that a figure asks for, where it is not there; None where it is."
     path = cfg.data.path if data is None else data
     if not isinstance(path, str) or path == 'scenes' or data is None and cfg.data.kind == 'scenes': return None
-    folder = at(expanded(path)) if '*' not in Path(path).name else at(Path(expanded(path)).parent)
-    return None if folder.exists() else short(folder)
+    folder = Path(expanded(path))
+    if '*' in folder.name: folder = folder.parent
+    return None if at(folder).exists() else short(folder)
 
 def figure_source(
     data,              # None: the run's own data, test split; 'scenes'; a pattern of shards; a folder; or a dict for `open_source`

@@ -315,8 +315,8 @@ def run_scale(
     data = 'scenes' if rendered else path.name if cfg.data.kind == 'folder' else path.parent.name
     side = cfg.data.side if rendered else cfg.scale.max_side*cfg.encoder.patch
     return dict(seed=cfg.run.seed, data=data, rendered=rendered, side=side,
-                images=cfg.data.images if rendered else None, seen=state.get('images'), minutes=seconds and seconds/60, threads=cfg.run.threads,
-                device=state.get('facts', {}).get('device', 'cpu'))
+                images=cfg.data.images if rendered else None, seen=state.get('images'),
+                minutes=seconds and seconds/60, threads=cfg.run.threads, device=state.get('facts', {}).get('device', 'cpu'))
 
 # %% ../nbs/01_show.ipynb #5ca1e003
 LEARNS_NOTHING = 'smoke: a test of the code; nothing is learned at this size'
