@@ -20,6 +20,7 @@ import sys
 import time
 from dataclasses import asdict
 from functools import lru_cache, partial
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -672,8 +673,10 @@ def figure_source(
     if data is None:
         path = cfg.data.path
         if cfg.data.kind == 'scenes' or not path: return open_source('scenes', images=1000, side=cfg.data.side, seed=cfg.data.seed, split=split)
+        if cfg.data.kind != 'shards': return open_source(cfg.data.kind, path, split=split)
         folder, name = os.path.split(expanded(path))
-        return open_source(cfg.data.kind, str(at(Path(folder)/name.replace('train', split))) if cfg.data.kind == 'shards' else path, split=split)
+        found = [at(Path(folder)/name.replace('train', s)) for s in ((split, 'val') if split == 'test' else (split,))]
+        return open_source('shards', str(next((p for p in found if glob(str(p))), found[0])), split=split)
     if isinstance(data, dict): return open_source(**{'split':split} | data)
     if data == 'scenes': return open_source('scenes', images=1000, split=split)
     path = at(expanded(data))
