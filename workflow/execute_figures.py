@@ -27,7 +27,10 @@ def main(stems):
     os.environ.setdefault('DATA', str(ROOT/'data'))
     for stem in stems or found:
         path = folder/f'{stem}.ipynb'
-        nbformat.write(execute(path), path)
+        nb = execute(path)
+        for c in nb.cells:
+            if c.cell_type == 'code': c.outputs = [o for o in c.outputs if o.get('name') != 'stderr'] # progress bars
+        nbformat.write(nb, path)
         subprocess.run([clean, '--fname', path], check=True)
         print(f'{path.relative_to(ROOT)}: {path.stat().st_size/1024:.0f} kB', flush=True)
 
