@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['UNTESTED', 'SHAPE', 'SKILL', 'LN', 'TANH', 'WHOLE', 'BEFORE', 'AFTER', 'AS_IS', 'COMPILED', 'METHODS', 'SIZE_OF',
-           'ACC', 'RMSE', 'PAIRS', 'CLAIMS', 'IJ', 'EC', 'SIZES', 'FEW', 'OOD', 'LOCAL', 'SET_NAMES', 'sizes',
-           'Untested', 'Tables', 'read_tables', 'number', 'is_cell', 'select', 'by_seed', 'Part', 'Found', 'measure',
-           'combine', 'Facts', 'seeds_of', 'is_row', 'row', 'facts', 'facts_of_runs', 'learned', 'seen', 'has_grid',
-           'same_images', 'Claim', 'Judgement', 'judge', 'accuracy', 'rmse', 'norms', 'less', 'at_end', 'spread_kept',
-           'on_objects', 'grid', 'depth_gain', 'sees_depth', 'fastest', 'times', 'compiled', 'timed_on', 'on_gpu',
-           'final', 'drop_at_last', 'gain_of_norm', 'jump', 'mid_epoch', 'published_rows', 'published', 'speed',
-           'ec_facts', 'methods', 'method_runs', 'check_method', 'most_against', 'on_set', 'on_sets', 'cost_of_range',
-           'same_updates', 'by_step', 'over_training', 'best_pooling', 'pooling_gain', 'told_before', 'more_flops',
-           'ahead', 'worse', 'told', 'runs_of', 'said', 'entry', 'ledger', 'figure_claim']
+           'ACC', 'RMSE', 'PAIRS', 'CLAIMS', 'IJ', 'EC', 'SIZES', 'FEW', 'OOD', 'LOCAL', 'SET_NAMES', 'sizes', 'MANY',
+           'Untested', 'Tables', 'read_tables', 'number', 'is_cell', 'rows_like', 'select', 'by_seed', 'Part', 'Found',
+           'values_of', 'measure', 'combine', 'Facts', 'seeds_of', 'is_row', 'row', 'facts', 'facts_of_runs', 'learned',
+           'seen', 'has_grid', 'same_images', 'Claim', 'Judgement', 'compare', 'judge', 'accuracy', 'rmse', 'norms',
+           'less', 'at_end', 'spread_kept', 'on_objects', 'grid', 'depth_gain', 'sees_depth', 'fastest', 'times',
+           'compiled', 'timed_on', 'on_gpu', 'final', 'drop_at_last', 'gain_of_norm', 'jump', 'mid_epoch',
+           'published_rows', 'published', 'speed', 'ec_facts', 'methods', 'method_runs', 'check_method', 'most_against',
+           'on_set', 'on_sets', 'cost_of_range', 'same_updates', 'by_step', 'over_training', 'best_pooling',
+           'pooling_gain', 'told_before', 'more_flops', 'ahead', 'worse', 'told', 'runs_of', 'said', 'entry', 'ledger',
+           'figure_claim', 'Rule', 'repeats_of', 'rule', 'seeds_needed', 'more_seeds', 'decides']
 
 # %% ../nbs/45_claims.ipynb #99ffe1fb
 import csv
@@ -26,17 +27,24 @@ from typing import NamedTuple
 import numpy as np
 
 from .config import load_config
-from .probes import above_baselines, find_runs, paired, paired_interval, read_baselines, read_probe, runs_home, verdict
+from .probes import (T95, above_baselines, bootstrap, find_runs, paired, paired_interval, read_baselines, read_probe,
+                            runs_home, verdict)
 from .show import root, short, weights_file
 from .train import RunError
 
 # %% ../nbs/45_claims.ipynb #fb97ff17
 class Untested(Exception):
-    "Why a rule cannot be applied to the numbers at hand."
+    "Why a rule cannot be applied to the numbers at hand, and what would let it."
+    def __init__(self,
+        why:str,     # the reason, one line
+        cure:str='', # what is missing, as a noun phrase: "a GPU"; '': not known
+    ):
+        super().__init__(why)
+        self.cure = cure
 
 class Tables(dict):
     "Rows of figures, by stem."
-    def __missing__(self, stem): raise Untested(f"no {stem} in this tier")
+    def __missing__(self, stem): raise Untested(f"no {stem} in this tier", f"the figure {stem} in this tier")
 
 def read_tables(
     folder:str|Path, # figures/<tier>
@@ -58,11 +66,20 @@ def is_cell(v, want)->bool:
     if isinstance(want, (int, float)) and not isinstance(want, bool): return number(v) == want
     return str('' if v is None else v) == str(want)
 
+def rows_like(where:dict)->str:
+    "Rows that a figure lacks, in words."
+    if where.get('size', 1) != 1: return f"runs with the encoder of size {where['size']}"
+    if asked := where.get('target'):
+        return 'a data set that asks for ' + ' or '.join(asked if isinstance(asked, tuple) else [asked])
+    named = [v for k, v in where.items() if k in ('features', 'method', 'recipe', 'set') and isinstance(v, str)]
+    return 'runs of ' + ', '.join(named) if named else 'runs with ' + ', '.join(f'{k} {v}' for k, v in where.items())
+
 def select(tables:Tables, stem:str, **where)->list[dict]:
     "Rows of a figure; `features` is the name of a norm, which older figures call `norm`."
     of = lambda r, k: r.get(k) or r.get('norm') if k == 'features' else r.get(k)
     found = [r for r in tables[stem] if all(is_cell(of(r, k), v) for k, v in where.items())]
-    if not found: raise Untested(f"{stem} has no row with " + ', '.join(f'{k} {v}' for k, v in where.items()))
+    if not found:
+        raise Untested(f"{stem} has no row with " + ', '.join(f'{k} {v}' for k, v in where.items()), rows_like(where))
     return found
 
 def by_seed(
@@ -75,7 +92,10 @@ def by_seed(
     for r in select(tables, stem, **where):
         if (v := number(r.get(column))) is not None and math.isfinite(v) and number(r.get('seed')) is not None:
             found.setdefault(int(float(r['seed'])), []).append(v)
-    if not found: raise Untested(f"{stem} has no numbers in {column}" + (' where ' + ', '.join(f'{k} is {v}' for k, v in where.items()) if where else ''))
+    if not found:
+        where_it_is = ' where ' + ', '.join(f'{k} is {v}' for k, v in where.items()) if where else ''
+        raise Untested(f"{stem} has no numbers in {column}{where_it_is}",
+                       f'{column} of ' + (rows_like(where) if where else 'the runs'))
     return {k:float(np.mean(v)) for k, v in sorted(found.items())}
 
 # %% ../nbs/45_claims.ipynb #51370e0d
@@ -96,11 +116,15 @@ class Found(NamedTuple):
     seeds:tuple       # that were paired
     verdict:str
 
+def values_of(part:Part, tables:Tables)->tuple[dict,list|None]:
+    "The numbers of a part by seed, and those per test image where they are known."
+    d = part.values(tables)
+    return d if isinstance(d, tuple) else (d, None)
+
 def measure(part:Part, tables:Tables)->Found:
     "Mean, interval and verdict of one part."
-    d, images = part.values(tables), None
-    if isinstance(d, tuple): d, images = d
-    if not d: raise Untested('no seed in common')
+    d, images = values_of(part, tables)
+    if not d: raise Untested('no seed in common', 'runs of both sides with the same seeds')
     into, back = (math.log, math.exp) if part.ratio else (float, float)
     d, bound = {k:into(v) for k, v in d.items()}, into(part.bound)
     mean, span = float(np.mean(list(d.values()))), paired_interval(d, images) or (None, None)
@@ -137,7 +161,8 @@ class Facts(NamedTuple):
 def seeds_of(cell)->dict[int,float]:
     "`'0:43.2 1:42.9'` as numbers by seed."
     found = {k:number(v) for k, _, v in (w.partition(':') for w in str(cell or '').split())}
-    if wrong := next((f'{k}:{v}' for k, v in found.items() if v is None or not k.isdecimal()), None): raise Untested(f"{cell!r} is no list of seed:number; what is {wrong}?")
+    if wrong := next((f'{k}:{v}' for k, v in found.items() if v is None or not k.isdecimal()), None):
+        raise Untested(f"{cell!r} is no list of seed:number; what is {wrong}?", 'numbers written as seed:number')
     return {int(k):v for k, v in found.items()}
 
 def is_row(r:dict, n)->bool:
@@ -148,7 +173,9 @@ def row(tables:Tables, n, column:str='acc')->dict[int,float]: # by seed
     "A row of Table 1, by its number or its name."
     found = [r for r in tables['fn_table1'] if is_row(r, n)]
     if not found or not seeds_of(found[0].get(f'{column}_by_seed')):
-        raise Untested(f"no {dict(acc='run', rmse='depth error').get(column, column)} of {f'row {n}' if isinstance(n, int) else repr(n)} in this tier")
+        name = f'row {n}' if isinstance(n, int) else repr(n)
+        raise Untested(f"no {dict(acc='run', rmse='depth error').get(column, column)} of {name} in this tier",
+                       f"three {dict(acc='runs', rmse='depth heads').get(column, column)} of {name}{' of Table 1'*isinstance(n, int)}")
     return seeds_of(found[0][f'{column}_by_seed'])
 
 # %% ../nbs/45_claims.ipynb #6908915c
@@ -158,7 +185,9 @@ def facts(
 )->Facts:
     "Of the runs in these rows."
     pair = [r for r in tables['fn_table1'] if any(is_row(r, n) for n in rows)]
-    if not pair: raise Untested(f"fn_table1 has no row {' or '.join(map(str, rows))}")
+    if not pair:
+        raise Untested(f"fn_table1 has no row {' or '.join(map(str, rows))}",
+                       f"three runs of rows {' and '.join(map(str, rows))} of Table 1")
     least = lambda k: min((v for r in pair if (v := number(r.get(k))) is not None), default=None)
     images, side, window, patch = (None if (v := least(k)) is None else int(v) for k in ('images_seen', 'side', 'window', 'patch'))
     ours = [v for r in pair for v in seeds_of(r.get('acc_by_seed')).values()]
@@ -187,27 +216,43 @@ SHAPE, SKILL = 250_000, 500_000 # images seen before a verdict: on the shape of 
 
 def learned(f:Facts, tables):
     "Every run that is compared is above raw pixels and random weights."
-    if f.above is None: raise Untested('raw pixels or random weights were not probed')
-    if not f.above: raise Untested('not every run is above raw pixels and random weights')
+    if f.above is None:
+        raise Untested('raw pixels or random weights were not probed',
+                       'raw pixels and random weights probed as the runs are')
+    if not f.above:
+        raise Untested('not every run is above raw pixels and random weights',
+                       'longer training or a larger model, until every run is above raw pixels and random weights')
 
 def seen(images:int)->Callable:
     "So many images in training."
     def need(f, tables):
-        if f.images is None: raise Untested('images seen unknown')
-        if f.images < images: raise Untested(f'{f.images:,} images seen, the floor is {images:,}')
+        if f.images is None:
+            raise Untested('images seen unknown', f'runs that say how many images they saw, {images:,} or more')
+        if f.images < images:
+            raise Untested(f'{f.images:,} images seen, the floor is {images:,}',
+                           f'runs that see {images:,} images in training, {images/f.images:.2g} times as many')
+    need.__doc__ = f"Every run that is compared saw {images:,} images or more in training."
     return need
 
 def has_grid(f:Facts, tables):
     "Windows of 2 patches or more, 4 or more on a side: else a checkerboard has no period, or no room."
-    if f.window is None or f.window < 2: raise Untested(f'windows of {f.window} patch have no pattern inside' if f.window else 'window unknown')
-    if f.across < 4: raise Untested(f'{f.across:g} windows on a side, a grid needs 4')
+    if f.window is None or f.window < 2:
+        raise Untested(f'windows of {f.window} patch have no pattern inside' if f.window else 'window unknown',
+                       'runs whose masking windows have 2 patches or more a side')
+    if f.across < 4:
+        raise Untested(f'{f.across:g} windows on a side, a grid needs 4', 'images of 4 windows or more a side')
 
 def same_images(a:int, b:int)->Callable:
     "Two rows of Table 1 saw equally many images, to a tenth."
     def need(f, tables):
         n = [next((number(r.get('images_seen')) for r in tables['fn_table1'] if is_cell(r.get('row'), k)), None) for k in (a, b)]
-        if None in n: raise Untested(f'no run of row {a if n[0] is None else b} in this tier')
-        if not 1/1.1 < n[0]/n[1] < 1.1: raise Untested(f'row {a} saw {n[0]:,.0f} images, row {b} {n[1]:,.0f}')
+        if None in n:
+            raise Untested(f'no run of row {a if n[0] is None else b} in this tier',
+                           f'three runs of row {a if n[0] is None else b} of Table 1')
+        if not 1/1.1 < n[0]/n[1] < 1.1:
+            raise Untested(f'row {a} saw {n[0]:,.0f} images, row {b} {n[1]:,.0f}',
+                           f'rows {a} and {b} trained on equally many images')
+    need.__doc__ = f"Rows {a} and {b} of Table 1 saw equally many images, to a tenth."
     return need
 
 # %% ../nbs/45_claims.ipynb #d903b9f7
@@ -234,19 +279,27 @@ class Judgement(NamedTuple):
     beside:list[Found]
     scale:str
 
+def compare(
+    parts:tuple[Part,...],
+    tables:Tables,
+)->list[Found|Untested]: # in their order
+    "What each part came to, or why it could not be compared."
+    def one(p):
+        try: return measure(p, tables)
+        except Untested as e: return e
+    return [one(p) for p in parts]
+
 def judge(
     claim:Claim,
     tables:Tables,
     about:Facts|None=None, # None: from the tables
+    came=None,             # what its parts came to, of `compare`; None: they are compared here
 )->Judgement:
     "The rule, applied."
-    def tried(parts):
-        found, why = [], []
-        for p in parts:
-            try: found.append(measure(p, tables))
-            except Untested as e: why.append(str(e))
-        return found, why
-    (found, why), (beside, _), scale = tried(claim.parts), tried(claim.beside), ''
+    def tried(parts, came=None):
+        came = compare(parts, tables) if came is None else came
+        return [f for f in came if isinstance(f, Found)], [str(e) for e in came if isinstance(e, Untested)]
+    (found, why), (beside, _), scale = tried(claim.parts, came), tried(claim.beside), ''
     word = combine([f.verdict for f in found]+[UNTESTED]*len(why), claim.every)
     why += [f'{len(f.seeds)} paired seed{"s"*(len(f.seeds) != 1)}, 3 are needed' for f in found if f.low is None]
     try:
@@ -294,7 +347,9 @@ def spread_kept(t:Tables, name:str)->dict[int,float]:
 def on_objects(name:str)->Callable:
     "AUROC of the energy against object masks, above chance and above the untrained network."
     def values(t):
-        if not any(is_cell(r.get('metric'), 'auroc') for r in t['fn_energy']): raise Untested('the images have no object masks to compare with')
+        if not any(is_cell(r.get('metric'), 'auroc') for r in t['fn_energy']):
+            raise Untested('the images have no object masks to compare with',
+                           'test images with object masks, as rendered scenes have')
         found = at_end(t, name, 'auroc', BEFORE)
         chance = max(.5, *at_end(t, 'random init', 'auroc', BEFORE).values())
         return {k:v-chance for k, v in found.items()}
@@ -325,7 +380,9 @@ def sees_depth(f:Facts, tables:Tables):
     mean = lambda name: np.mean([number(r['rmse_oracle']) for r in select(tables, 'fn_fig11_depth_maps', features=name)])
     worst = max(v for name in (LN, TANH) for v in by_seed(tables, 'fn_fig11_depth_maps', 'rmse_oracle', features=name).values())
     for name in ('constant', 'random init'):
-        if worst >= mean(name): raise Untested(f'not every depth head is better than {"a constant map" if name == "constant" else "one on random weights"}')
+        if worst >= mean(name):
+            raise Untested(f'not every depth head is better than {"a constant map" if name == "constant" else "one on random weights"}',
+                                            'encoders whose depth heads beat a constant map and random weights')
 
 # %% ../nbs/45_claims.ipynb #12d20396
 AS_IS, COMPILED = 'as it is', 'compiled' # the arms that are the recipe itself; in the others something was changed to find a cause
@@ -338,7 +395,9 @@ def fastest(t:Tables, recipe:str, arms=(AS_IS, COMPILED))->dict[int,float]: # by
         if r.get('arm') in arms and (v := number(r.get('images_per_second'))):
             k = int(number(r.get('repeat')) or number(r.get('seed')) or 0)
             found[k] = max(found.get(k, 0.), v)
-    if not found: raise Untested(f"the {recipe} recipe was not timed {' or '.join(arms)}")
+    if not found:
+        raise Untested(f"the {recipe} recipe was not timed {' or '.join(arms)}",
+                       f"a timing of the {recipe} recipe {' or '.join(arms)}")
     return found
 
 def times(a:dict, b:dict)->dict: return {k:a[k]/b[k] for k in sorted(a.keys() & b.keys())}
@@ -354,7 +413,8 @@ def timed_on(tables:Tables)->Facts:
 def on_gpu(f, tables:Tables):
     "Measured on an accelerator: the claim is about one."
     devices = {r.get('device') or 'unknown' for r in tables['fn_throughput'] if r.get('arm') != 'published'}
-    if any(d.startswith(('cpu', 'unknown')) for d in devices): raise Untested(f"measured on {', '.join(sorted(devices))}; the claim is about a GPU")
+    if any(d.startswith(('cpu', 'unknown')) for d in devices):
+        raise Untested(f"measured on {', '.join(sorted(devices))}; the claim is about a GPU", 'a GPU')
 
 # %% ../nbs/45_claims.ipynb #c72f687f
 def final(column:str)->Callable:
@@ -394,7 +454,9 @@ def jump(t:Tables, sampling:str)->dict[int,float]:
     for k in sorted({int(float(r['seed'])) for r in rows}):
         loss = {arm:{int(float(r['step'])):number(r['loss']) for r in rows if is_cell(r['seed'], k) and r['arm'] == arm} for arm in ('undisturbed', 'resumed')}
         at, window = (number(rows[0].get(c)) for c in ('resumed_after', 'window'))
-        if None in (at, window): raise Untested('not known after which update the run was resumed, or how long "at once" is')
+        if None in (at, window):
+            raise Untested('not known after which update the run was resumed, or how long "at once" is',
+                           'the update of the resume in fn_resume.csv')
         behind = [s for s in loss['undisturbed'].keys() & loss['resumed'].keys() if at < s <= at+window]
         if behind: out[k] = float(np.mean([100*(loss['resumed'][s]/loss['undisturbed'][s]-1) for s in behind]))
     return out
@@ -402,8 +464,11 @@ def jump(t:Tables, sampling:str)->dict[int,float]:
 def mid_epoch(f, tables):
     "The resume fell into a second epoch or later, and not onto its beginning or end."
     found = {number(r.get('epochs_before')) for r in tables['fn_resume']}
-    if None in found: raise Untested('not known where in an epoch the run was resumed')
-    if not all(e > 1 and .1 < e%1 < .9 for e in found): raise Untested(f"resumed after {', '.join(f'{e:.2g}' for e in sorted(found))} epochs, not within a second or later one")
+    if None in found:
+        raise Untested('not known where in an epoch the run was resumed', 'the epoch of the resume in fn_resume.csv')
+    if not all(e > 1 and .1 < e%1 < .9 for e in found):
+        raise Untested(f"resumed after {', '.join(f'{e:.2g}' for e in sorted(found))} epochs, not within a second or later one",
+                       'a run that is resumed in the middle of its second epoch or later')
 
 # %% ../nbs/45_claims.ipynb #d52e1335
 def published_rows(stem:str)->list[dict]:
@@ -570,11 +635,17 @@ FEW = 500 # test images of another data set
 def on_set(t:Tables, name:str, size:int)->dict[int,float]:
     "EC-IJEPA minus I-JEPA on a data set, in points."
     n = min((v for r in t['ec_table3_ood'] if r['set'] == name and (v := number(r.get('n_test'))) is not None), default=FEW)
-    if n < FEW: raise Untested(f'{n:.0f} test images of {name}, {FEW} are needed') # seeds share them, so an interval over seeds does not see how few they are
+    if n < FEW:
+        raise Untested(f'{n:.0f} test images of {name}, {FEW} are needed',
+                       f'{FEW} test images of {name} or more') # seeds share them, so an interval over seeds does not see how few they are
     base = {kind:[number(r['acc']) for r in t['ec_table3_ood'] if r['set'] == name and r['method'] == kind] for kind in ('random init', 'raw pixels')}
-    if not all(base.values()): raise Untested(f'raw pixels or random weights were not probed on {name}')
+    if not all(base.values()):
+        raise Untested(f'raw pixels or random weights were not probed on {name}',
+                       f'raw pixels and random weights probed on {name}')
     ours = [by_seed(t, 'ec_table3_ood', 'acc', source='ours', set=name, method=m, size=size) for m in (EC, IJ)]
-    if max(np.mean(list(v.values())) for v in ours) <= max(sum(base.values(), [])): raise Untested(f'on {name} neither is above raw pixels and random weights')
+    if max(np.mean(list(v.values())) for v in ours) <= max(sum(base.values(), [])):
+        raise Untested(f'on {name} neither is above raw pixels and random weights',
+                       f'encoders that are above raw pixels and random weights on {name}')
     return paired(*ours)
 
 def on_sets(size:int, *targets:str, least:int=1)->Callable:
@@ -583,8 +654,11 @@ def on_sets(size:int, *targets:str, least:int=1)->Callable:
         found, why = {}, []
         for name in dict.fromkeys(r['set'] for r in select(t, 'ec_table3_ood', source='ours', target=targets)):
             try: found[name] = on_set(t, name, size)
-            except Untested as e: why.append(str(e))
-        if len(found) < least: raise Untested('; '.join([f'{len(found)} data set{"s"*(len(found) != 1)} to compare on at size {size}, {least} are needed', *why]))
+            except Untested as e: why.append(e)
+        if len(found) < least:
+            lacks = f'{len(found)} data set{"s"*(len(found) != 1)} to compare on at size {size}, {least} are needed'
+            raise Untested('; '.join([lacks, *map(str, why)]),
+                           '; '.join(dict.fromkeys(e.cure for e in why)) or f'{least} data sets')
         return most_against(found)
     return values
 
@@ -593,20 +667,26 @@ def cost_of_range(method:str)->Callable:
     "Accuracy lost between the narrowest and the widest range that both methods have, in points."
     def values(t):
         lows = set.intersection(*({number(r['low']) for r in select(t, 'ec_fig2_context_scale', method=m)} for m in (IJ, EC)))
-        if len(lows) < 2: raise Untested(f'{len(lows)} context range{"s"*(len(lows) != 1)} with both methods, 2 are needed')
+        if len(lows) < 2:
+            raise Untested(f'{len(lows)} context range{"s"*(len(lows) != 1)} with both methods, 2 are needed',
+                           'runs of both methods at 2 context ranges or more')
         return paired(*(by_seed(t, 'ec_fig2_context_scale', 'acc', method=method, low=f(lows)) for f in (max, min)))
     return values
 
 def same_updates(f, tables:Tables):
     "Ranges are compared after as many updates."
     steps = sorted({int(number(r['steps'])) for m in (IJ, EC) for r in select(tables, 'ec_fig2_context_scale', method=m)})
-    if len(steps) > 1: raise Untested(f'runs of {steps[0]:,} to {steps[-1]:,} updates: more is compared than the range')
+    if len(steps) > 1:
+        raise Untested(f'runs of {steps[0]:,} to {steps[-1]:,} updates: more is compared than the range',
+                       'runs of one length for all context ranges')
 
 def by_step(t:Tables, size:int)->dict[int,dict]: # step -> {seed: points}
     "EC-IJEPA minus I-JEPA at every checkpoint that both keep, before the first update left out."
     steps = [{int(number(r['step'])) for r in select(t, 'ec_fig3_sample_efficiency', method=m, size=size)} for m in (EC, IJ)]
     common = sorted(s for s in set.intersection(*steps) if s)
-    if len(common) < 2: raise Untested(f'{len(common)} checkpoint{"s"*(len(common) != 1)} of both methods at size {size}, 2 are needed')
+    if len(common) < 2:
+        raise Untested(f'{len(common)} checkpoint{"s"*(len(common) != 1)} of both methods at size {size}, 2 are needed',
+                       f'2 checkpoints or more of both methods with the encoder of size {size}')
     return {s:methods('ec_fig3_sample_efficiency', 'acc', size=size, step=s)(t) for s in common}
 
 def over_training(size:int)->Callable:
@@ -620,7 +700,7 @@ def best_pooling(t:Tables)->dict[int,float]:
     "Accuracy with 4x4 pooling minus that with the pooling that comes nearest, or is better, in points."
     at = lambda kind: by_seed(t, 'ec_fig4_pooling', 'acc', method=EC, pooling=kind)
     others = dict.fromkeys(r['pooling'] for r in select(t, 'ec_fig4_pooling', method=EC) if r['pooling'] not in ('4x4', 'off'))
-    if not others: raise Untested('no other pooling in this tier')
+    if not others: raise Untested('no other pooling in this tier', 'a second pooling')
     return most_against({k:paired(at('4x4'), at(k)) for k in others})
 
 def pooling_gain(kind:str)->Callable:
@@ -748,3 +828,89 @@ def figure_claim(
     e = entry(c, judge(c, Tables({stem:table}), about))
     return dict(claim=n, quote=f"{c.quote} ({c.paper}, {c.section})", paper='no number' if e['paper_value'] is None else f"{e['paper_value']:+.4g}, {c.parts[0].name}",
                 ours=e['parts'] or e['reason'], beside=e['beside'], verdict=e['verdict'], reason=e['reason'], against=e['against'], scale=e['scale'])
+
+# %% ../nbs/45_claims.ipynb #ec5d0202
+class Rule(NamedTuple):
+    "A claim's rule in words."
+    needs:list[str]            # what must be true before a verdict
+    compared:list[tuple]       # (name of the part, the claimed side: 'above 0')
+    together:str               # how the parts make one verdict
+
+def repeats_of(claim:Claim)->str:
+    "What a claim's numbers are repeated over."
+    return 'repeats of the timing' if claim.facts is timed_on else 'paired seeds'
+
+def rule(
+    claim:Claim,
+)->Rule:
+    "What must be true before there is a verdict, what is compared, and how the parts are put together."
+    needs = [need.__doc__ for need in claim.needs] + [f'Every comparison rests on three {repeats_of(claim)} or more.']
+    compared = [(p.name, f"{'above' if p.sign > 0 else 'below'} {p.bound:g}".replace('-', '−')) for p in claim.parts]
+    if len(compared) == 1:
+        together = 'The claim holds where the whole 95 % interval lies on the claimed side, and fails where on the other.'
+    elif claim.every: together = 'The claim is about all of these comparisons: each must hold, and one that fails refutes it.'
+    else: together = 'The verdict is the one that all comparisons share; where they differ it is mixed.'
+    return Rule(needs, compared, together)
+
+# %% ../nbs/45_claims.ipynb #ec5d0203
+MANY = 100 # paired seeds; beyond them we say that more seeds are no way to decide
+
+def seeds_needed(
+    part:Part,
+    tables:Tables,
+)->int|None: # None: not within `MANY`, or the test images alone are too few
+    "Paired seeds with which the interval would exclude the bound, if difference and spread stay as they are."
+    d, images = values_of(part, tables)
+    into = math.log if part.ratio else float
+    d = [into(v) for v in d.values()]
+    if len(d) < 2: return None
+    gap, spread = abs(float(np.mean(d))-into(part.bound)), float(np.std(d, ddof=1))
+    low, high = (0., 0.) if images is None else bootstrap(images)
+    for n in range(max(3, len(d)), MANY+1):
+        half = T95[max(k for k in T95 if k <= n-1)]*spread/math.sqrt(n)
+        if math.hypot(half, (high-low)/2) < gap: return n
+    return None
+
+def more_seeds(
+    claim:Claim,
+    came:list[Found|Untested], # its parts, measured
+    tables:Tables,
+)->str: # '' where no part waits for seeds
+    "How many seeds would decide the parts that are measured and undecided."
+    few = [f for f in came if isinstance(f, Found) and f.low is None]
+    unsure = [p for p, f in zip(claim.parts, came)
+              if isinstance(f, Found) and f.low is not None and f.verdict == 'mixed']
+    if few: return f'{repeats_of(claim)}, three for each comparison (now {min(len(f.seeds) for f in few)})'
+    if not unsure: return ''
+    counts = [seeds_needed(p, tables) for p in unsure]
+    if None in counts:
+        far = unsure[counts.index(None)]
+        return (f'more than {MANY} {repeats_of(claim)}, or more test images: '
+                f'the interval of "{far.name}" is wide beside its distance from {far.bound:g}')
+    return f'about {max(counts)} {repeats_of(claim)}, if difference and spread stay as they are'
+
+def decides(
+    claim:Claim,
+    tables:Tables,
+    about:Facts|None=None, # None: from the tables
+    came=None,             # what its parts came to, of `compare`; None: they are compared here
+)->str:
+    "One line: what would decide a claim at this scale, or that it is decided."
+    came, lacks = compare(claim.parts, tables) if came is None else came, []
+    def ask(f, *words):
+        try: return f(*words)
+        except Untested as e: lacks.append(e.cure or str(e))
+    if claim.needs:
+        if about is None: about = ask(claim.facts, tables)
+        if about is not None:
+            for need in claim.needs: ask(need, about, tables)
+    lacks += [f.cure or str(f) for f in came if isinstance(f, Untested)]
+    words = {f.verdict for f in came if isinstance(f, Found)}
+    refuted = claim.every and 'fails' in words and not lacks
+    if not refuted: lacks.append(more_seeds(claim, came, tables))
+    if lacks := [x for x in dict.fromkeys('; '.join(lacks).split('; ')) if x]:
+        return 'It would take ' + '; '.join(lacks) + '.'
+    if {'holds', 'fails'} <= words and not claim.every:
+        return 'Nothing at this scale: each comparison is decided, and they disagree.'
+    return 'Decided at this scale; a larger tier says whether it is so there, too.'
+

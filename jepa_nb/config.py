@@ -7,7 +7,8 @@ __all__ = ['Int', 'Real', 'Count', 'Whole', 'Positive', 'NonNeg', 'Seed', 'Fract
            'STRICT', 'RELEASED', 'DEPTH_RELEASED', 'ProbeProtocol', 'DataConfig', 'ScaleConfig', 'AugmentConfig',
            'MaskConfig', 'PackConfig', 'EncoderConfig', 'PredictorConfig', 'ObjectiveConfig', 'ConditionConfig',
            'TeacherConfig', 'OptimConfig', 'RunConfig', 'Config', 'DepthConfig', 'SetConfig', 'ConfigError',
-           'setting_names', 'make_config', 'make_depth', 'make_set', 'read_recipe', 'load_config', 'save_config']
+           'setting_names', 'make_config', 'make_depth', 'make_set', 'read_recipe', 'load_config', 'save_config',
+           'check_data', 'checkpoint_step', 'checkpoint_folders']
 
 # %% ../nbs/00_config.ipynb #d7e89c4a
 import difflib
@@ -499,3 +500,31 @@ def save_config(cfg:Config, path:str|Path):
     tmp = Path(path).with_name(f'.tmp-{Path(path).name}')
     tmp.write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
     os.replace(tmp, path)  # whole or not at all: a run that is killed here must still be able to go on
+
+# %% ../nbs/00_config.ipynb #f1a0c0d1
+def check_data(
+    data:DataConfig,
+    where:str='',   # what the error names first
+):
+    "Refuse a path to images that training would not read: with `kind='scenes'` images are rendered. Raises ConfigError."
+    if data.kind == 'scenes' and data.path is not None:
+        raise ConfigError(f"{where}data.path={data.path} is not read while data.kind is scenes: data.kind=folder (images) or "
+                          "data.kind=shards (.tar) reads it, data.path=null renders scenes")
+
+_STEP = re.compile(r'step_([0-9]{8}|[1-9][0-9]{8,})')
+
+def checkpoint_step(
+    folder:str|Path, # only its name is looked at
+)->int|None:         # updates; None where this is not the name of a checkpoint
+    "The step in a checkpoint's name: `step_` and eight digits (more only where the number has more). `step_00000500.bak` is none."
+    m = _STEP.fullmatch(Path(folder).name)
+    return m and int(m[1])
+
+def checkpoint_folders(
+    run:str|Path, # run folder
+)->list[Path]:    # oldest first; empty where there are none
+    "The checkpoint folders `checkpoints/step_00000500` of a run. Files, copies and folders of other names are not checkpoints."
+    folder = Path(run)/'checkpoints'
+    found = [p for p in folder.iterdir() if checkpoint_step(p) is not None and p.is_dir()] if folder.is_dir() else []
+    return sorted(found, key=checkpoint_step)
+

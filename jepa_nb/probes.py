@@ -294,17 +294,17 @@ def knn(
     test_y,                # [i]
     k:int=20,              # neighbours
     temperature:float=.07,
-    centre:bool=True,      # subtract the training mean
+    standardize:bool=True, # by mean and deviation of `train_x`; False: subtract the mean alone
     chunk:int=1024,        # test images at a time
 )->np.ndarray:             # [D i] bool, which are right; [i] for features [i d]
-    "Weighted vote of the nearest training images by cosine."
+    "Weighted vote of the nearest training images by cosine similarity of standardised features."
     if train_x.ndim == 3:
-        return np.stack([knn(a, train_y, b, test_y, k, temperature, centre, chunk) for a, b in zip(train_x.unbind(1), test_x.unbind(1))])
+        return np.stack([knn(a, train_y, b, test_y, k, temperature, standardize, chunk) for a, b in zip(train_x.unbind(1), test_x.unbind(1))])
     train_y, test_y = (torch.as_tensor(y, device=train_x.device).long() for y in (train_y, test_y))
-    mean = train_x.mean(0) if centre else 0
-    bank, k, right = F.normalize(train_x-mean, dim=-1), min(k, len(train_x)), []
+    mean, std = train_x.mean(0), train_x.std(0)+1e-6 if standardize else 1.
+    bank, k, right = F.normalize((train_x-mean)/std, dim=-1), min(k, len(train_x)), []
     for a, b in zip(test_x.split(chunk), test_y.split(chunk)):
-        cosine, ids = (F.normalize(a-mean, dim=-1) @ bank.T).topk(k)                 # [i k]
+        cosine, ids = (F.normalize((a-mean)/std, dim=-1) @ bank.T).topk(k)                 # [i k]
         votes = cosine.new_zeros(len(a), int(train_y.max())+1).scatter_add(1, train_y[ids], (cosine/temperature).exp())
         right.append(votes.argmax(1) == b)
     return torch.cat(right).cpu().numpy()
@@ -459,7 +459,7 @@ def evaluate(
         chosen_depth=depths[chosen], acc_chosen=probe['acc_at_val_choice'], acc_interval=[low, high],
         best_depth_on_test=depths[probe['best_depth_test']], acc_best_on_test=probe['acc_at_test_choice'],
         **{k: probe[k] for k in ('acc_epochs', 'batch', 'lr') if k in probe},
-        knn=neighbours.mean(1).tolist(), knn_chosen=float(neighbours[chosen].mean()), classes=int(train_y.max())+1,
+        knn=neighbours.mean(1).tolist(), knn_chosen=float(neighbours[chosen].mean()), knn_features='standardised', classes=int(train_y.max())+1,
         n_train=len(train_y), n_test=len(test_y), n_broken=len(fit_to[1])+len(test_on[1])-len(train_y)-len(test_y),
         checkpoint=short(run) if is_run and isinstance(run, (str, Path)) else None,
         checkpoint_sha256=file_hash(weights_file(found)) if is_run else None, seconds=round(time.time()-start, 1))

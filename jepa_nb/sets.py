@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from .data import MAX_RATIO, BadImage, DataError, make_shards, shrink, tar_members
+from .data import MAX_RATIO, BadImage, DataError, make_shards, refuse_used, shrink, tar_members
 
 # %% ../nbs/15_sets.ipynb #e1fa40f1
 LARGEST = 2*10**9 # bytes of one member
@@ -404,6 +404,7 @@ def shards_from_public(
     per_shard:int=1000,
     md5=None,            # checksums, of which every archive that is read must have one; None: an archive with the whole set must have the published one; (): not looked at
     progress:bool=True,
+    replace:bool=False,  # the shards of another note
 )->dict:                 # split -> images, left_out, skipped, shards
     "Shards train-*.tar and test-*.tar of a public set from its official archives."
     public, source, out, used = SETS[name], Path(source), Path(out), {}
@@ -426,17 +427,19 @@ def shards_from_public(
         if not told: raise DataError(f"{path}: checksum {got}, the published one is {want}; get it again, or say --md5 any to take it as it is")
         told += f"; {path.name} has not the published checksum"
     if told: warnings.warn(f"{source}: {told}", stacklevel=2)
-    note = dict(kind=name, classes=listing.classes, max_side=max_side, quality=quality,
+    note = dict(kind=name, source=str(source), classes=listing.classes, max_side=max_side, quality=quality,
                 sources={Path(p).name: Path(p).stat().st_size if Path(p).is_file() else len(f.at) for p, f in used.items()})
-    return {split: _make_split(out, split, items, listing.files[split], note, per_shard, progress) for split, items in listing.splits.items() if items}
+    splits = {split: items for split, items in listing.splits.items() if items}
+    for split, items in splits.items(): refuse_used(out, split, dict(note, items=len(items), per_shard=per_shard), replace) # all first
+    return {split: _make_split(out, split, items, listing.files[split], note, per_shard, progress, replace) for split, items in splits.items()}
 
-def _make_split(out, split, items, files, note, per_shard, progress):
+def _make_split(out, split, items, files, note, per_shard, progress, replace):
     def make(item):
         if isinstance(item.data, np.ndarray): image = dict(image=item.data)
         else: image = dict([shrink(files.read(item.data), item.data, note['max_side'], note['quality'])])
         return {'key': item.key} | image | ({} if item.label is None else {'cls': item.label}) | ({'json': json.dumps(item.facts)} if item.facts else {})
     order = np.random.default_rng(0).permutation(len(items))
-    made = make_shards(out, split, [items[i] for i in order], make, note, per_shard, progress)
+    made = make_shards(out, split, [items[i] for i in order], make, note, per_shard, progress, replace)
     return dict(made, skipped=[(i.key, why) for i, why in made['skipped']])
 
 def part_of(public:Public, listing:Listing)->str|None:
@@ -450,6 +453,7 @@ def shards_from_digits(
     out:str|Path,        # folder of the shards
     test:int=500,        # images kept for testing
     progress:bool=True,
+    replace:bool=False,  # the shards of another note
 )->dict:                 # split -> images, left_out, skipped, shards
     "Shards of scikit-learn's handwritten digits."
     try: from sklearn.datasets import load_digits
@@ -458,7 +462,9 @@ def shards_from_digits(
     x = np.repeat((x.reshape(-1, 1, 8, 8)*(255/16)).round().astype(np.uint8), 3, 1)
     order = np.random.default_rng(0).permutation(len(y)).tolist()
     make = lambda i: dict(key=f'digit_{i:04d}', image=x[i], cls=int(y[i]))
-    return {s: make_shards(out, s, ids, make, dict(kind='digits', test=test), progress=progress) for s, ids in (('train', order[test:]), ('test', order[:test]))}
+    note, splits = dict(kind='digits', test=test), dict(train=order[test:], test=order[:test])
+    for s, ids in splits.items(): refuse_used(Path(out), s, dict(note, items=len(ids), per_shard=1000), replace) # both first
+    return {s: make_shards(out, s, ids, make, note, 1000, progress, replace) for s, ids in splits.items()}
 
 # %% ../nbs/15_sets.ipynb #89e0668c
 CUTS = dict(clevr=(8., 8.5, 9., 9.5, 10.), scenes=(1.3, 1.7, 2.2, 2.9, 3.9)) # scenes: metres, six classes of about equal size

@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from .config import load_config
+from .config import checkpoint_folders, load_config
 
 # %% ../nbs/01_show.ipynb #681004d4
 def root()->Path:
@@ -263,7 +263,7 @@ def weights_file(path)->Path|None:
     "The weights behind a path: the file itself, a checkpoint folder's, or a run's newest; None when there are none."
     path = Path(path)
     if path.is_file(): return path
-    found = [path/'model.safetensors', *sorted(path.glob('checkpoints/step_*/model.safetensors'), reverse=True)]
+    found = [path/'model.safetensors', *(c/'model.safetensors' for c in reversed(checkpoint_folders(path)))]
     return next((p for p in found if p.is_file()), None)
 
 def versions()->dict[str,str]:

@@ -11,6 +11,7 @@ import yaml
 
 from jepa_nb.cli import join_graph
 
+FOUND = dict(acc_chosen=.5, knn_chosen=.4, rmse_oracle=1., constant=dict(rmse_oracle=1.), n_test=4, data='x')
 join_graph()
 verb, *words = sys.argv[1:]
 given = dict(zip(words, words[1:]))
@@ -18,6 +19,7 @@ if verb == 'data':
     out, split, images = Path(words[1]), given['--split'], int(given['--images'])
     out.mkdir(parents=True, exist_ok=True)
     for k in range(-(-images//1000)): (out/f'{split}-{k:06d}.tar').write_text(' '.join(words))
+elif (fails := os.environ.get('STUB_FAILS')) and fails in ' '.join([verb, *words]): sys.exit('\n'.join(f'line {k}' for k in range(20)))
 elif verb == 'train':
     out, steps = Path(given['--out']), int(os.environ.get('STUB_STEPS', 1))
     if '--from' in given and not Path(given['--from']).parents[1].joinpath('done.json').exists(): sys.exit(f"{given['--from']}: not there yet")
@@ -31,11 +33,17 @@ elif verb == 'eval':
     Path(given['--out']).parent.mkdir(parents=True, exist_ok=True)
     if '--sets' in given: names = [k for k in yaml.safe_load(Path(given['--sets']).read_text())['ood'] if k != 'runs']
     else: names = [b.replace(',', '-') for a, b in zip(words, words[1:]) if a == '--condition'] or ['probe']
-    for name in names: Path(given['--out'].replace('{set}', name).replace('{condition}', name)).write_text(' '.join(words))
+    for name in names: Path(given['--out'].replace('{set}', name).replace('{condition}', name)).write_text(json.dumps(FOUND | dict(words=' '.join(words))))
 elif verb in ('depth', 'ranks'):
     out = Path(given['--out'])
     out.parent.mkdir(parents=True, exist_ok=True)
-    for s in ('.json', '.npz', '.safetensors') if verb == 'depth' else ('.json',): out.with_suffix(s).write_text(' '.join(words))
+    for s in ('.json', '.safetensors') if verb == 'depth' else ('.json',): out.with_suffix(s).write_text(json.dumps(FOUND | dict(words=' '.join(words))))
+    if verb == 'depth':
+        import numpy as np
+        np.savez(out.with_suffix('.npz'), index=np.arange(4), rmse_oracle=np.ones(4), constant_rmse_oracle=np.ones(4))
+elif verb == 'report':
+    Path('report').mkdir(exist_ok=True)
+    with open('report/index.html', 'a') as f: f.write('built\n')
 elif verb == 'figure':
     for s in ('.png', '.csv', '.json'): Path(given['--out']+s).write_text(json.dumps(words))
 else: sys.exit(f'{verb}: the stub does not know it')

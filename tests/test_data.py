@@ -306,7 +306,7 @@ def test_shards_from_folder_interrupted(tmp_path, monkeypatch):
     for p in whole['shards']: assert p.read_bytes() == (tmp_path/'two'/p.name).read_bytes()
     s = open_source('shards', str(tmp_path/'two'))
     assert len(s) == 23 and s.sizes.max() == 256 and set(s.labels) == {0, 1, 2}
-    make(tmp_path/'two', max_side=64)
+    make(tmp_path/'two', max_side=64, replace=True)
     assert open_source('shards', str(tmp_path/'two')).sizes.max() == 64
     write_shard(tmp_path/'mine'/'train-000000.tar', samples(2))
     with pytest.raises(DataError, match='other making'): make(tmp_path/'mine')
