@@ -28,7 +28,7 @@ import numpy as np
 
 from .config import load_config
 from .probes import (T95, above_baselines, bootstrap, find_runs, paired, paired_interval, read_baselines, read_probe,
-                            verdict)
+                            runs_home, verdict)
 from .show import root, short, weights_file
 from .train import RunError
 
@@ -596,14 +596,16 @@ def methods(stem:str, column:str, **where)->Callable:
 
 # %% ../nbs/45_claims.ipynb #ec5d0115
 def method_runs(
-    ijepa=None, ec=None,             # run folders, one per seed; None: those of tier quick
-    ijepa_large=None, ec_large=None, # the same at size 2; None: none, or where no run is given those of tier quick, if there
+    ijepa=None, ec=None,             # run folders, one per seed; None: those of a tier, see `runs_home`
+    ijepa_large=None, ec_large=None, # the same at size 2; None: none, or where no run is given those of the same tier, if there
+    tier=None,                       # which tier, where no run is given; None: the best there is
+    reads=('probe.json',),           # files in eval/ that the figure reads of each
 )->dict[tuple,list[Path]]:           # (method, size) -> run folders
     "The runs that EC's figures compare, each what it is called."
-    found = {}
+    found, home = {}, runs_home((ijepa, ec), ('ec_ijepa', 'ec_ec'), reads, tier) if ijepa is None or ec is None else None
     for (method, size), given, name in zip([(m, s) for s in SIZES for m in (IJ, EC)], (ijepa, ec, ijepa_large, ec_large), ('ec_ijepa', 'ec_ec', 'ec_wide_ijepa', 'ec_wide_ec')):
         if size > 1 and (given == [] or given is None and (ijepa, ec) != (None, None)): continue # no runs of another tier beside those given
-        try: folders = find_runs(given, name)
+        try: folders = find_runs(given, name, home)
         except RunError:
             if given is None and size > 1: continue
             raise

@@ -7,9 +7,9 @@ __all__ = ['SHOWN', 'PENALTIES', 'T95', 'square', 'image_tokens', 'squash', 'inn
            'probe_choices', 'open_encoder', 'tell_skipped', 'squares', 'extract', 'fit_linear', 'hits', 'fit_logistic',
            'probe_depth', 'linear_probe', 'knn', 'raw_pixels', 'bootstrap', 'labelled', 'decoded', 'refuse_shared',
            'questions', 'trained', 'images_seen', 'evaluate', 'evaluate_sets', 'kept', 'step_of', 'has_part',
-           'rank_checkpoints', 'at', 'find_runs', 'read_probe', 'read_ranks', 'read_baselines', 'above_baselines',
-           'figure_source', 'paired', 'paired_interval', 'stands_above', 'verdict', 'read_image', 'fit_patches',
-           'encode']
+           'rank_checkpoints', 'at', 'runs_home', 'find_runs', 'read_probe', 'read_ranks', 'read_baselines',
+           'above_baselines', 'figure_source', 'paired', 'paired_interval', 'stands_above', 'verdict', 'read_image',
+           'fit_patches', 'encode']
 
 # %% ../nbs/40_probes.ipynb #e46d4abe
 import io
@@ -20,6 +20,7 @@ import sys
 import time
 from dataclasses import asdict
 from functools import lru_cache, partial
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from .metrics import check_scores, lidar_config, rank_scores
 from .model import stretched
 from .patches import CROP_TRIES, Tokens, centre_crop, crop_box, positions, resize
 from .sets import task_labels
-from .show import file_hash, root, short, weights_file, write_atomic
+from .show import COMMITTED, file_hash, root, short, tier_of, weights_file, write_atomic
 from .train import RunError, checkpoints, open_run, random_model, whole_checkpoint
 
 # %% ../nbs/40_probes.ipynb #2add255a
@@ -548,15 +549,54 @@ def at(path)->Path:
     "A path as given or, from a notebook's own folder, as seen from the repository."
     return Path(path) if Path(path).exists() or Path(path).is_absolute() else root()/path
 
+def _seeds(home:Path, name:str)->list[Path]:
+    "The runs of this name: one folder per seed that has weights, and where they were made on this machine, has ended."
+    found = [p for p in sorted((home/name).glob('seed*')) if weights_file(p)]
+    return [p for p in found if home.name == 'checkpoints' or (p/'done.json').is_file()]
+
+def _lacks(home:Path, names, reads)->str|None:
+    "What a folder of runs has not got of what a figure needs; None: nothing."
+    for name in names:
+        if not _seeds(home, name): return name
+        for f in _seeds(home, name):
+            missing = next((r for r in reads if not (f/'eval'/r).is_file()), None)
+            if missing: return f'{name}/{f.name}/eval/{missing}'
+    return None
+
+def runs_home(
+    given,                 # the notebook's parameters that are run folders: a list of folders, one of them, or None
+    names,                 # names of the runs that the figure needs where none is given
+    reads=('probe.json',), # files in eval/ that it reads of each
+    tier:str|None=None,    # where to look: smoke, quick, small, medium, paper; None: where the best are
+    needed:bool=True,      # refuse where none are found; else None is returned
+)->Path|None:
+    "The folder with the runs that a figure compares: beside the first one given, else that of a tier, which it prints."
+    if first := next((g for g in given if g), None):
+        return at(first if isinstance(first, (str, Path)) else first[0]).absolute().parents[1]
+    homes = [f'figures/{t}/checkpoints' for t in ([tier] if tier else COMMITTED)]
+    homes = [f'runs/{tier}', *homes] if tier else [*homes, 'runs/quick']
+    lacking = {h:_lacks(root()/h, names, reads) for h in homes}
+    if found := next((h for h, what in lacking.items() if what is None), None):
+        counts = [(n, len(_seeds(root()/found, n))) for n in names]
+        seeds = ', '.join(f"{n} ({k} seed{'s' if k > 1 else ''})" for n, k in counts)
+        kind = 'committed checkpoints' if 'checkpoints' in found else 'runs of this machine'
+        print(f"tier {tier_of(root()/found/'x')}, {kind} in {found}: {seeds}")
+        return root()/found
+    if needed:
+        where = '; '.join(f'{h} has no {what}' for h, what in lacking.items())
+        raise RunError(f"no runs given, and none found: {where}; `make reproduce TIER={tier or 'quick'}` makes them")
+    return None
+
 def find_runs(
-    given,      # run folders, one per seed; one of them; or None
-    name:str,   # of the run in tier quick, for None
+    given,               # run folders, one per seed; one of them; or None
+    name:str,            # of the run, for None
+    home:Path|None=None, # where to look for it then, see `runs_home`; None: where the best are
 )->list[Path]:
     "The runs that a figure is about."
     if given is None:
-        found = [p for p in sorted((root()/'runs'/'quick'/name).glob('seed*')) if weights_file(p)]
-        if not found: raise RunError(f"no run given for {name}, and none in runs/quick; `make reproduce` makes them, or pass run folders")
-        return found
+        home = home or runs_home((), (name,))
+        if found := _seeds(home, name): return found
+        raise RunError(f"no run given for {name}, and none in {short(home)}; pass run folders")
     found = [at(p) for p in ([given] if isinstance(given, (str, Path)) else given)]
     if not found: raise RunError(f"no run given for {name}")
     for p in found:
@@ -608,18 +648,35 @@ def above_baselines(
     return min(read_probe(f)['acc_chosen'] for f in folders) > max(p['acc_chosen'] for p in [*untrained, raw])
 
 # %% ../nbs/40_probes.ipynb #b7c483f7
+def _absent(data, cfg:Config)->str|None:
+    "The folder of images that a figure asks for, where it is not there; None where it is."
+    path = cfg.data.path if data is None else data
+    if not isinstance(path, str) or path == 'scenes' or data is None and cfg.data.kind == 'scenes': return None
+    folder = Path(expanded(path))
+    if '*' in folder.name: folder = folder.parent
+    return None if at(folder).exists() else short(folder)
+
 def figure_source(
     data,              # None: the run's own data, test split; 'scenes'; a pattern of shards; a folder; or a dict for `open_source`
     cfg:Config|None,   # of the run
     split:str='test',
+    stand_in:bool=False, # rendered scenes where the images are not there
 ):
     "The images that a figure is drawn from."
     if data is None and cfg is None: data = 'scenes'
+    os.environ.setdefault('DATA', 'data') # as the command line does
+    if stand_in and (folder := _absent(data, cfg)):
+        print(f"{folder}: not on this machine, so rendered scenes are drawn in its place")
+        source = open_source('scenes', images=1000, side=cfg.scale.max_side*cfg.encoder.patch, split=split)
+        source.name = f'rendered scenes in place of {folder}'
+        return source
     if data is None:
         path = cfg.data.path
         if cfg.data.kind == 'scenes' or not path: return open_source('scenes', images=1000, side=cfg.data.side, seed=cfg.data.seed, split=split)
+        if cfg.data.kind != 'shards': return open_source(cfg.data.kind, path, split=split)
         folder, name = os.path.split(expanded(path))
-        return open_source(cfg.data.kind, str(at(Path(folder)/name.replace('train', split))) if cfg.data.kind == 'shards' else path, split=split)
+        found = [at(Path(folder)/name.replace('train', s)) for s in ((split, 'val') if split == 'test' else (split,))]
+        return open_source('shards', str(next((p for p in found if glob(str(p))), found[0])), split=split)
     if isinstance(data, dict): return open_source(**{'split':split} | data)
     if data == 'scenes': return open_source('scenes', images=1000, split=split)
     path = at(expanded(data))

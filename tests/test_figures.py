@@ -2,6 +2,11 @@
 import ast
 import json
 import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -9,7 +14,12 @@ import papermill
 import pytest
 import yaml
 
+from jepa_nb.show import is_stale
+
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT/'workflow'))
+from execute_figures import execute  # noqa: E402
+
 NOTEBOOKS = sorted((ROOT/'nbs'/'figures').glob('*.ipynb'))
 TIERS = sorted((ROOT/'params').glob('*.yaml'))
 by_name = dict(argvalues=NOTEBOOKS, ids=lambda p: p.stem)
@@ -75,3 +85,47 @@ def test_a_committed_figure_is_whole_and_traceable(path):
     assert about['figure'] == path.stem and about['tier'] == path.parent.name
     assert set(about['parameters']) <= parameters(ROOT/'nbs'/'figures'/f'{path.stem}.ipynb')
     for name in about['parameters'].values(): assert not str(name).startswith('/'), "a path of this machine"
+    assert not is_stale(path.with_suffix('')), "its CSV or PNG was changed after its JSON was written"
+    assert about['machine']['cores'] is None or about['machine']['cores'] > 0
+
+def outputs(nb): return [o for c in nb.cells if c.cell_type == 'code' for o in c.outputs]
+def pictures(nb): return [o for o in outputs(nb) if 'image/png' in o.get('data', {})]
+def said(nb): return ''.join(o.get('text', '') + o.get('data', {}).get('text/plain', '') for o in outputs(nb))
+
+@pytest.mark.parametrize('path', **by_name)
+def test_a_code_host_shows_the_picture(path):
+    nb = nbformat.read(path, 4)
+    assert pictures(nb), f".venv/bin/python workflow/execute_figures.py {path.stem}"
+    assert not [o for o in outputs(nb) if o.output_type == 'error']
+    assert not re.findall(r'(?<![\w./])/(?:home|root|tmp|work|usr|var|opt|Users|mnt)/\S*', said(nb)), "a path of the machine that drew it"
+
+@pytest.fixture(scope='session')
+def fresh_clone(tmp_path_factory):
+    "The committed tree without runs/ and data/; files are links where they can be."
+    def link(a, b):
+        try: os.link(a, b)
+        except OSError: shutil.copy2(a, b)
+    there = tmp_path_factory.mktemp('clone')
+    for name in ('nbs', 'params', 'jepa_nb', 'workflow', 'figures/small', 'figures/medium'):
+        shutil.copytree(ROOT/name, there/name, copy_function=link, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for name in ('settings.ini', 'pyproject.toml'): link(ROOT/name, there/name)
+    return there
+
+@pytest.mark.parametrize('path', **by_name)
+def test_it_runs_in_a_fresh_clone(path, fresh_clone, monkeypatch):
+    monkeypatch.delenv('DATA', raising=False)
+    nb = execute(fresh_clone/path.relative_to(ROOT), timeout=600)
+    assert pictures(nb)
+    if {'runs_home', 'method_runs'} & set(re.findall(r'\w+', ''.join(c.source for c in nb.cells))): assert re.search(r'tier (small|medium), committed checkpoints|drawn from figures/', said(nb))
+
+def test_drawing_again_leaves_the_committed_files_alone(fresh_clone):
+    stem = 'figures/small/ec_fig3_sample_efficiency'
+    before = {k: (fresh_clone/f'{stem}.{k}').read_bytes() for k in ('png', 'csv', 'json')}
+    for k in before: # no links into the tree
+        (fresh_clone/f'{stem}.{k}').unlink()
+        (fresh_clone/f'{stem}.{k}').write_bytes(before[k])
+    words = [sys.executable, '-m', 'jepa_nb.cli', 'reproduce', '--tier', 'small', '--shipped', '--cores', '1', '--', f'{stem}.png']
+    done = subprocess.run(words, cwd=fresh_clone, env=os.environ | dict(PYTHONPATH='.'), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout+done.stderr
+    assert (fresh_clone/'runs/small/logs/ec_fig3_sample_efficiency.ipynb').is_file() # it was drawn
+    assert {k: (fresh_clone/f'{stem}.{k}').read_bytes() for k in before} == before
