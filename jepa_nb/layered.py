@@ -104,8 +104,8 @@ def appearances()->tuple[Appearance, ...]:
                             rng.uniform(.1, .9))
                  for k in range(CLASSES))
 
-# %% ../nbs/09_layered.ipynb #0b26a23a
-FOREIGN = dict(backdrop=.3, horizon=.12, hues=.15, object=.15) # shares of pictures, or of objects, that borrow from another class
+# %% ../nbs/09_layered.ipynb #ab1eafff
+FOREIGN = dict(backdrop=.2, horizon=.1, hues=.1, object=.1) # shares of pictures, or of objects, that borrow from another class
 
 def draw_appearance(
     rng:np.random.Generator,
@@ -129,7 +129,7 @@ def hsv(
     k = (hue*6 + np.array([0, 4, 2]))%6
     return (value*(1 - saturation + saturation*np.clip(np.abs(k-3)-1, 0, 1))).astype(np.float32)[:,None,None]
 
-def draw_hue(rng, hue:float, spread:float=.09)->float:
+def draw_hue(rng, hue:float, spread:float=.06)->float:
     "A hue near a typical one; `spread` is the standard deviation, in turns of the colour circle."
     return hue + rng.normal(0, spread)
 
