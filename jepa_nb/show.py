@@ -376,6 +376,12 @@ def write_scale(
                  linespacing=1.25, gid='scale')
     t.set_label(line)
     t.set_visible(visible)
+    if visible:
+        for legend in fig.legends: # one outside the axes would follow the lower edge of the saved file, onto the line
+            at = legend.get_window_extent().transformed(fig.transFigure.inverted()).min
+            legend.set_loc('lower left')
+            legend.set_bbox_to_anchor(at, fig.transFigure)
+            legend.borderaxespad = 0
     return fig
 
 def say_scale(
