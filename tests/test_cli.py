@@ -66,7 +66,7 @@ def jepa_nb(*words, cwd=ROOT, **env):
     (['reproduce', '--tier', 'quik'], 1, 'did you mean quick?'),
     (['figure', 'fn_fig2_loss_maps', '-p', 'ln', '[a'], 1, "ln: '[a' is not YAML"),
     (['figure', 'fn_fig2_loss_maps', '-p', 'images', '-3'], 1, 'images should be 1 or more, not -3'),
-    (['figure', 'fn_fig2_loss_maps', '-p', 'masks', 'many'], 1, "masks should be a whole number, such as 300, not 'many'"),
+    (['figure', 'fn_fig2_loss_maps', '-p', 'masks', 'many'], 1, "masks should be a whole number, such as 60, not 'many'"),
     (['train', RECIPE, 'run.steps=true', '--out', '{tmp}/run'], 1, 'run.steps: should be a number, not true'),
     (['eval', RECIPE, '--side', '100000'], 2, '--side'),
     (['data', 'scenes', '{tmp}/x', '--images', '0'], 2, '0 is not in the range x>=1'),

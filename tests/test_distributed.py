@@ -37,7 +37,7 @@ def together(cfg, run, world=2):
 
 @pytest.mark.parametrize('words', [(), ('masks.kind=multiblock', 'pack.image=96', 'pack.context=72', 'pack.target=64')], ids=['windows', 'blocks'])
 def test_two_are_one(tmp_path, words):
-    cfg = make_config(TINY, ['run.accumulate=2', *words])
+    cfg = make_config(TINY, ['run.accumulate=2', 'run.matmul=highest', *words]) # on processors that multiply in bfloat16 the order of rows shows otherwise
     train(cfg, tmp_path/'one', progress=False)
     together(cfg, tmp_path/'two')
     start, one = (open_run(tmp_path/'one', step=s)[0].state_dict() for s in (2, 4))

@@ -327,8 +327,8 @@ def test_probes_at_another_size(tmp_path):
         seen = [t for s in (images, test) for t in (extract(encoder, s, 128, depths=[2], norm='behind')[:, 0], torch.as_tensor(s.labels))]
         assert r['knn'] == [float(knn(*seen).mean())]
     with pytest.raises(ValueError, match='raw pixels have no positions'): evaluate('pixels', images, test, stretch=True, **few)
-    r = jepa_nb('eval', run, '--side', 128, '--stretch', '--train-images', 20, '--test-images', 20, '--train', 'scenes', '--test', 'scenes', '--layers', 'last')
-    assert r.returncode == 0 and json.loads((run/'eval/probe.json').read_text())['stretched'] is True, r.stderr
+    r = jepa_nb('eval', run, '--side', 128, '--stretch', '--train-images', 20, '--test-images', 20, '--train', 'scenes', '--test', 'scenes', '--layers', 'last', '--out', tmp_path/'stretched.json')
+    assert r.returncode == 0 and json.loads((tmp_path/'stretched.json').read_text())['stretched'] is True, r.stderr
 
 
 @pytest.mark.parametrize('to', ['x.pth.tar', 'hf'])
