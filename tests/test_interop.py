@@ -81,7 +81,7 @@ def our_run(size, out, condition=None, **encoder):
         encoder=dict({k:s[k] for k in ('patch', 'dim', 'depth', 'heads')}, **PLAIN | dict(mlp_ratio=s.get('hidden', 4*s['dim'])/s['dim']) | encoder),
         condition=condition or {},
         predictor=dict(dim=24 if 24%s['heads'] == 0 else 32, depth=1, heads=s['heads'], **{k:v for k, v in PLAIN.items() if k != 'pixels'}),
-        run=dict(steps=1, log_every=1, device='cpu', threads=1, name='mine')))
+        run=dict(steps=1, log_every=1, device='cpu', threads=1, matmul='highest', name='mine')))
     train(cfg, out, progress=False)
     return out
 
