@@ -850,7 +850,7 @@ TIERS = ('smoke', 'quick', 'small', 'medium', 'paper') # each the next step of t
 
 def report_inputs():
     "Files that the report is built from."
-    patterns = ('figures/*/*.*', 'figures/*/checkpoints/**/*.json', 'runs/*/*/seed*/eval/*.json', 'runs/*/baselines/*.json', 'nbs/**/*.ipynb', 'params/**/*.yaml', 'jepa_nb/*.py', '*.md', '*.yml')
+    patterns = ('figures/*/*.*', 'figures/*/checkpoints/**/*.json', 'runs/*/*/seed*/eval/*.json', 'runs/*/baselines/*.json', 'nbs/**/*.ipynb', 'params/**/*', 'workflow/report/**/*', 'jepa_nb/*.py', '*.md')
     return (p for pattern in patterns for p in Path().glob(pattern) if p.is_file())
 
 def refresh_report(

@@ -167,13 +167,14 @@ def test_ship(tmp_path):
     assert re.search(r'reproduce .* ship$', r.stdout.strip()) and '--until' not in r.stdout
 
 
-def test_the_report_is_built_when_something_is_newer(tmp_path, monkeypatch):
+@pytest.mark.parametrize('name', ['figures/quick/claims.csv', 'params/published/table.csv', 'workflow/report/templates/index.md', 'README.md'])
+def test_the_report_is_built_when_something_is_newer(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('JEPA_NB_CLI', f'exec {sys.executable} {ROOT}/tests/stub_cli.py')
     built = lambda: (refresh_report(environment(), tmp_path/'log.txt'), (tmp_path/'report/index.html').read_text().count('built'))
     assert built() == ('report/index.html', 1) and built() == ('report/index.html', 1)
-    table = tmp_path/'figures/quick/claims.csv'
-    table.parent.mkdir(parents=True)
+    table = tmp_path/name
+    table.parent.mkdir(parents=True, exist_ok=True)
     table.write_text('a')
     os.utime(table, (time.time()+5, time.time()+5))
     assert built()[1] == 2
