@@ -311,7 +311,7 @@ def run_scale(
     weights = weights_file(run)
     cfg, state = load_config(weights.parent/'config.yaml'), _state(weights)
     seconds, path = _seconds(Path(run)), Path(cfg.data.path or 'scenes')
-    rendered = cfg.data.kind == 'scenes' or path.parent.name == 'scenes'
+    rendered = cfg.data.kind == 'scenes' or path.parent.name.partition('-seed')[0] == 'scenes'
     data = 'scenes' if rendered else path.name if cfg.data.kind == 'folder' else path.parent.name
     side = cfg.data.side if rendered else cfg.scale.max_side*cfg.encoder.patch
     return dict(seed=cfg.run.seed, data=data, rendered=rendered, side=side,
