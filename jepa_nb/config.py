@@ -4,22 +4,15 @@
 
 # %% auto #0
 __all__ = ['Int', 'Real', 'Count', 'Whole', 'Positive', 'NonNeg', 'Seed', 'Fraction', 'Share', 'Beta', 'Shares', 'Range', 'Norm',
-           'STRICT', 'RELEASED', 'DEPTH_RELEASED', 'ProbeProtocol', 'DataConfig', 'ScaleConfig', 'AugmentConfig',
-           'MaskConfig', 'PackConfig', 'EncoderConfig', 'PredictorConfig', 'ObjectiveConfig', 'ConditionConfig',
-           'TeacherConfig', 'OptimConfig', 'RunConfig', 'Config', 'DepthConfig', 'SetConfig', 'ConfigError',
-           'setting_names', 'make_config', 'make_depth', 'make_set', 'read_recipe', 'load_config', 'save_config',
-           'check_data', 'checkpoint_step', 'checkpoint_folders']
+           'STRICT', 'RELEASED', 'DataConfig', 'ScaleConfig', 'AugmentConfig', 'MaskConfig', 'PackConfig',
+           'EncoderConfig', 'PredictorConfig', 'ObjectiveConfig', 'ConditionConfig', 'TeacherConfig', 'OptimConfig',
+           'RunConfig', 'Config']
 
-# %% ../nbs/00_config.ipynb #d7e89c4a
-import difflib
-import os
-import re
-from dataclasses import asdict, field, fields, is_dataclass
-from pathlib import Path
+# %% ../nbs/00_config.ipynb #ae15261e
+from dataclasses import field, fields
 from typing import Annotated, Literal
 
-import yaml
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 # %% ../nbs/00_config.ipynb #8ac25162
@@ -317,35 +310,6 @@ class Config:
                              "that is scale.kind=crop and pack.pool=1; or masks.group=0")
         if p.pool == 1 and p.rows%m.contexts: raise ValueError(f"pack.rows {p.rows} would put the {m.contexts} contexts of an image (masks.contexts) into two batches; pack.rows={p.rows//m.contexts*m.contexts or m.contexts} would not")
 
-# %% ../nbs/00_config.ipynb #8f326775
-@dataclass(frozen=True, config=STRICT)
-class DepthConfig:
-    "A head that reads metric depth off frozen features (FN §8.4)."
-    head:Literal['dpt', 'conv']='dpt' # dpt: Ranftl et al. 2021; conv: FN's three convolutions
-    width:Count|None=None   # channels; None: 32 (dpt; DPT has 256), half the encoder's (conv; FN: 192)
-    layers:tuple[Whole, ...]|None=None # depths read, 0 is the patch embedding; None: dpt four, evenly; conv the fourth to last
-    finest:Count=4          # pixels per cell of the finest of dpt's four scales
-    side:Count|None=None    # pixels, a multiple of the patch; None: the largest side of training
-    crop:Literal['none', 'eigen']='none' # eigen: the part of NYU's images in which depth was measured
-    loss:Literal['ssi', 'smooth_l1']='ssi' # ssi: Ranftl et al. 2020; smooth_l1: FN's code
-    trim:Annotated[float, Field(ge=0, lt=1)]=.2 # ssi: share of pixels, those with the largest errors, that is not counted
-    gradient:NonNeg=.5      # weight of the gradient term
-    scales:Count=4          # it is taken at
-    metric:NonNeg=1.        # ssi: weight of an absolute error in metres; 0: Ranftl's loss alone, which leaves scale and shift open
-    standardize:bool=True   # features, by mean and deviation of every channel over training images
-    steps:Count=600
-    batch:Count=16          # images
-    lr:Positive=1e-3
-    schedule:Literal['cosine', 'constant']='cosine' # cosine: falls to 0
-    beta1:Beta=.9
-    beta2:Beta=.95
-    weight_decay:NonNeg=.01
-    released:bool=False     # the authors' head and loss, see DEPTH_RELEASED below
-
-    def __post_init__(self):
-        if self.layers is not None and len(self.layers) != (4 if self.head == 'dpt' else 1):
-            raise ValueError(f"head {self.head} reads {'four layers' if self.head == 'dpt' else 'one layer'}, not {len(self.layers)}")
-
 # %% ../nbs/00_config.ipynb #d7e89c4a-3
 RELEASED = dict(
     objective=dict(drop='row', teacher_routing='training'),
@@ -353,178 +317,3 @@ RELEASED = dict(
     predictor=dict(expert_init='released', capacity_padding=True),
     optim=dict(decay_all=True),
 )
-# not rebuilt: their error is taken on the shrunk map, where a missing depth counts as 0 m
-DEPTH_RELEASED = dict(head='conv', loss='smooth_l1', gradient=.2, standardize=False, lr=5e-4, schedule='constant')
-
-# %% ../nbs/00_config.ipynb #c96f6b03
-ProbeProtocol = Literal['lbfgs', 'adam', 'in1k', 'ood_step', 'ood_cosine']
-
-@dataclass(frozen=True, config=STRICT)
-class SetConfig:
-    "A data set that frozen features are tested on (EC Tab. 3, 8)."
-    data:str|dict|None=None  # both halves: a folder of shards or images, 'scenes', or a mapping for `open_source`; None: what the run's own are
-    train:str|dict|None=None # the half that is fitted to, e.g. a pattern of shards
-    test:str|dict|None=None  # the half that is tested on
-    hold_out:Fraction|None=None # no test half: this share of the training images is tested on instead
-    target:Literal['label', 'count', 'dist']='label' # the class; how many objects; how far the nearest (CLEVR's questions)
-    cuts:str|tuple[float, ...]='clevr' # dist: 'clevr', 'scenes', or the numbers between the classes
-    protocol:ProbeProtocol='lbfgs' # lbfgs: to convergence; adam: FN; in1k, ood_step, ood_cosine: EC
-    epochs:Count|None=None   # None: the protocol's; a schedule shrinks with them
-    layers:Literal['all', 'last', 'last4']|None=None # all: every depth, before the output norm (FN); last: the last, behind it (EC); last4: the last four side by side (IJ). None: the protocol's
-    show:Literal['square', 'squash', 'inner']|None=None # an image's central square; all of it, squashed; the inner 7/8 of that square. None: the protocol's
-    augment:Literal['none', 'flip', 'crop']|None=None # of training images; None: the protocol's
-    crops:Count=4            # crop: random crops of each image
-    side:Annotated[Count, Field(le=4096)]|None=None # pixels; None: the largest side of training
-    stretch:bool=False       # positions of the training's size stretched over it; else computed on
-    condition:Literal['off', False]|tuple[Count, Count]|None=None # what the encoder is told of the whole image (EC): nothing; kernel and stride of pooling; None: the run's
-    train_images:Count|None=None # at most
-    test_images:Count|None=None
-
-    def __post_init__(self):
-        if self.hold_out is not None and self.test is not None: raise ValueError("test images are named, or held out of the training images (hold_out), not both")
-
-# %% ../nbs/00_config.ipynb #4293441f
-class ConfigError(ValueError):
-    "A setting that is unknown or out of range."
-
-def setting_names(cls=Config, prefix=''):
-    "Every setting as `group.name`."
-    out = []
-    for f in fields(cls):
-        sub = f.default_factory if isinstance(f.default_factory, type) and is_dataclass(f.default_factory) else None
-        out += setting_names(sub, f'{prefix}{f.name}.') if sub else [prefix+f.name]
-    return out
-
-def _explain(e:ValidationError, where:str, cls=Config):
-    "The first error of pydantic's list as one line."
-    err = e.errors()[0]
-    name = '.'.join(str(p) for p in err['loc'])
-    if err['type'] in ('unexpected_keyword_argument', 'extra_forbidden'):
-        groups = [f.name for f in fields(cls)]
-        close = difflib.get_close_matches(name, setting_names(cls)+groups, n=1, cutoff=.6)
-        hint = f", did you mean {where.rpartition(' ')[2]}{close[0]}?" if close else f"; there are {', '.join(groups)}" if '.' not in name else ''
-        return f"{where}{name}: no such setting{hint}"
-    msg = err['msg'].removeprefix('Value error, ').replace('Input should be', 'should be')
-    return f"{where}{name}: {msg}, not {err['input']!r}" if err['type'] != 'value_error' else f"{where}{name+': ' if name else ''}{msg}"
-
-# %% ../nbs/00_config.ipynb #c6c11824
-def _merge(under:dict, over:dict):
-    "`over` laid on `under`, group by group."
-    out = dict(under)
-    for k, v in over.items(): out[k] = _merge(out[k], v) if isinstance(v, dict) and isinstance(out.get(k), dict) else v
-    return out
-
-def _steps_of_epochs(d:dict)->dict:
-    "`run.steps` of a recipe that says `run.epochs` instead."
-    run = d.get('run')
-    if not isinstance(run, dict) or 'steps' in run or not isinstance(run.get('epochs'), (int, float)): return d
-    if not isinstance(n := run.get('step_images'), int) or n < 1:
-        raise ValueError(f"run.epochs {run['epochs']} needs run.step_images, the images in an update, not {n}")
-    steps = round(run['epochs']*run.get('epoch_images', RunConfig.epoch_images)/n)
-    return _merge(d, dict(run=dict(steps=max(steps, 1))))
-
-def _words(words):
-    "`['masks.window=4']` as nested dicts; values are read as YAML."
-    out = {}
-    for w in words:
-        name, eq, value = w.partition('=')
-        if not eq: raise ConfigError(f"{w!r} is not of the form name=value, e.g. run.steps=2000")
-        d = {}; here = d
-        *groups, last = name.strip().split('.')
-        for g in groups: here = here.setdefault(g, {})
-        try: here[last] = yaml.safe_load(value)
-        except yaml.YAMLError: raise ConfigError(f"{w!r}: the value is not YAML; in quotes it is a text: {name}='\"...\"'") from None
-        out = _merge(out, d)
-    return out
-
-# %% ../nbs/00_config.ipynb #50f90e3e
-def make_config(
-    d:dict,             # nested, as in a recipe
-    words=(),           # 'group.name=value', laid over it
-    where:str='',       # what the error names first
-)->Config:
-    "Check every name and value; unknown names and values out of range raise ConfigError."
-    d = _merge(d or {}, _words(words))
-    if d.get('released'): d = _merge(RELEASED, d)
-    try: d = _steps_of_epochs(d)
-    except ValueError as e: raise ConfigError(f'{where}{e}') from None
-    try: return TypeAdapter(Config).validate_python(d)
-    except ValidationError as e: raise ConfigError(_explain(e, where)) from None
-
-def make_depth(
-    d:dict,             # settings of a DepthConfig
-    words=(),           # 'name=value', laid over it
-    where:str='depth.', # what the error puts before a name
-)->DepthConfig:
-    "The same for a depth head."
-    d = _merge(d or {}, _words(words))
-    if d.get('released'): d = DEPTH_RELEASED | d
-    try: return TypeAdapter(DepthConfig).validate_python(d)
-    except ValidationError as e: raise ConfigError(_explain(e, where, DepthConfig)) from None
-
-def make_set(
-    name:str,           # of the data set
-    d:dict,             # settings of a SetConfig
-    where:str='',       # what the error names first
-)->SetConfig:
-    "The same for a data set that runs are evaluated on."
-    if not re.fullmatch(r'(?!probe|ranks|depth)[a-z0-9][a-z0-9_-]*', str(name)):
-        raise ConfigError(f"{where}{name}: not a name for a data set; small letters, digits, - and _ would do, but probe, ranks and depth are files of their own")
-    if not isinstance(d, dict): raise ConfigError(f"{where}{name}: should be a mapping of settings, such as target: count, not {d!r}")
-    try: return TypeAdapter(SetConfig).validate_python(d)
-    except ValidationError as e: raise ConfigError(_explain(e, f'{where}{name}.', SetConfig)) from None
-
-def read_recipe(
-    path:str|Path,      # YAML
-    above=(),           # recipes that name this one as their base
-)->dict:                # groups of settings
-    "A recipe's settings, laid over those of its `base`, a recipe in the same folder."
-    path = Path(path)
-    if path in above: raise ConfigError(f"{above[0]}: base: goes round in a circle: {' -> '.join(p.name for p in (*above, path))}")
-    if not path.is_file(): raise ConfigError(f"{f'{above[-1]}: base: ' if above else ''}{path}: no such recipe")
-    try: d = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ConfigError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(d, dict): raise ConfigError(f"{path}: a recipe is a mapping of groups to settings, not {type(d).__name__}")
-    base = d.pop('base', None)
-    return d if base is None else _merge(read_recipe(path.parent/str(base), (*above, path)), d)
-
-def load_config(
-    path:str|Path,      # a YAML recipe
-    words=(),           # 'group.name=value', laid over it
-)->Config:
-    "Read a recipe."
-    return make_config(read_recipe(path), words, where=f'{path}: ')
-
-def save_config(cfg:Config, path:str|Path):
-    "Write every setting, defaults too."
-    tmp = Path(path).with_name(f'.tmp-{Path(path).name}')
-    tmp.write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
-    os.replace(tmp, path)  # whole or not at all: a run that is killed here must still be able to go on
-
-# %% ../nbs/00_config.ipynb #f1a0c0d1
-def check_data(
-    data:DataConfig,
-    where:str='',   # what the error names first
-):
-    "Refuse a path to images that training would not read: with `kind='scenes'` images are rendered. Raises ConfigError."
-    if data.kind == 'scenes' and data.path is not None:
-        raise ConfigError(f"{where}data.path={data.path} is not read while data.kind is scenes: data.kind=folder (images) or "
-                          "data.kind=shards (.tar) reads it, data.path=null renders scenes")
-
-_STEP = re.compile(r'step_([0-9]{8}|[1-9][0-9]{8,})')
-
-def checkpoint_step(
-    folder:str|Path, # only its name is looked at
-)->int|None:         # updates; None where this is not the name of a checkpoint
-    "The step in a checkpoint's name: `step_` and eight digits (more only where the number has more). `step_00000500.bak` is none."
-    m = _STEP.fullmatch(Path(folder).name)
-    return m and int(m[1])
-
-def checkpoint_folders(
-    run:str|Path, # run folder
-)->list[Path]:    # oldest first; empty where there are none
-    "The checkpoint folders `checkpoints/step_00000500` of a run. Files, copies and folders of other names are not checkpoints."
-    folder = Path(run)/'checkpoints'
-    found = [p for p in folder.iterdir() if checkpoint_step(p) is not None and p.is_dir()] if folder.is_dir() else []
-    return sorted(found, key=checkpoint_step)
-

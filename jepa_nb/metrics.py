@@ -20,10 +20,12 @@ from tqdm import tqdm
 
 from .conditioning import in_mean, told_whole
 from .config import Config
-from .data import BadImage, DataError, Stream
+from .images import BadImage, DataError
+from .streams import Stream
 from .jepa import JEPA, pick, teach
 from .masks import Split
-from .packing import PLAN, Pack, eval_pack, loader, planned_split, shown_at, uniforms
+from .loader import eval_pack, loader, planned_split
+from .packing import PLAN, Pack, shown_at, uniforms
 from .patches import Tokens, centre_crop, resize
 
 # %% ../nbs/31_metrics.ipynb #fe3269f9

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from jepa_nb.cli import join_graph
+from jepa_nb.launch import join_graph
 
 FOUND = dict(acc_chosen=.5, knn_chosen=.4, rmse_oracle=1., constant=dict(rmse_oracle=1.), n_test=4, data='x')
 join_graph()

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from jepa_nb.claims import CLAIMS, UNTESTED, ledger
-from jepa_nb.show import table_csv
+from jepa_nb.claims import UNTESTED
+from jepa_nb.claims_ec import CLAIMS
+from jepa_nb.figure_files import table_csv
+from jepa_nb.ledger import ledger
 
 NUMBERS = [c.number for c in CLAIMS]
 LN, TANH = 'LayerNorm', 'DynTanh'
@@ -242,7 +244,9 @@ def test_one_size_alone_does_not_make_both(tmp_path):
 
 def test_the_paper_contradicts_itself():
     "Its own table against its own words, from the published CSVs."
-    from jepa_nb.claims import LOCAL, OOD, ahead, published, told
+    from jepa_nb.claims_ec import LOCAL, OOD, ahead
+    from jepa_nb.claims_fn import published
+    from jepa_nb.ledger import told
     P = published('EC')
     assert [[c for c in OOD+LOCAL if ahead(P, c, size) < 0] for size in (1, 2)] == [['eurosat', 'clevr_dist']]*2
     assert all(ahead(P, score, size) > 0 for score in ('rankme', 'lidar') for size in (1, 2))

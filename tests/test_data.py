@@ -15,28 +15,19 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import jepa_nb.data as data
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-import jepa_nb.data as data
-from jepa_nb.data import (
-    BadImage,
-    DataError,
-    Stream,
-    decode,
-    image_size,
-    open_source,
-    plain_tar,
-    shard_index,
-    shards_from_cifar10,
-    shards_from_folder,
-    shards_from_scenes,
-    write_shard,
-    write_shards,
-)
+from jepa_nb.images import BadImage, DataError, decode, image_size
+from jepa_nb.sets import shards_from_cifar10
+from jepa_nb.shards import plain_tar, shard_index, write_shard, write_shards
+from jepa_nb.sources import open_source
+from jepa_nb.streams import Stream
+from jepa_nb.writing import shards_from_folder, shards_from_scenes
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from jepa_nb.config import make_config, save_config
-from jepa_nb.train import RunError, open_run, place_of, read_log, train
+from jepa_nb.checkpoint import open_run, read_log
+from jepa_nb.devices import place_of
+from jepa_nb.files import RunError
+from jepa_nb.recipes import make_config, save_config
+from jepa_nb.train import train
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(
@@ -63,7 +66,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 def test_two_go_on_with_a_stream(tmp_path):
     "Each process reads its own part of a stream, and goes on where it was itself."
-    from jepa_nb.data import shards_from_scenes
+    from jepa_nb.writing import shards_from_scenes
     shards_from_scenes(tmp_path/'shards', images=48, side=32, per_shard=8, progress=False)
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=tmp_path/'shards'))
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -7,14 +7,16 @@ import pytest
 import torch
 import yaml
 
+from jepa_nb.checkpoint import open_run, read_log
 from jepa_nb.conditioning import about_context, most_tokens
-from jepa_nb.config import ConditionConfig, load_config
-from jepa_nb.data import open_source
+from jepa_nb.config import ConditionConfig
+from jepa_nb.evaluate import evaluate
 from jepa_nb.jepa import JEPA
 from jepa_nb.packing import Pack, block_split, check_slots, row_slots
 from jepa_nb.patches import Tokens, positions
-from jepa_nb.probes import evaluate
-from jepa_nb.train import open_run, read_log, train
+from jepa_nb.recipes import load_config
+from jepa_nb.sources import open_source
+from jepa_nb.train import train
 
 ROOT = Path(__file__).parents[1]
 PAIRS = dict(ec_vitl16='ij_vitl16', ec_vith14='ij_vith14', ec_tiny_ec='ec_tiny_ijepa', ec_tiny_wide_ec='ec_tiny_wide_ijepa', ec_small_ec='ec_small_ijepa')

@@ -14,7 +14,7 @@ import papermill
 import pytest
 import yaml
 
-from jepa_nb.show import is_stale
+from jepa_nb.figure_files import is_stale
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'workflow'))

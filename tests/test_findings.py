@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from jepa_nb.files import RunError
 from jepa_nb.findings import finding_lines, findings, ledger_counts, ledger_text, summary_lines
-from jepa_nb.train import RunError
 
 N = 400
 

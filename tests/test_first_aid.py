@@ -17,6 +17,7 @@ import zlib
 from functools import partial
 from pathlib import Path
 
+import jepa_nb.data
 import numpy as np
 import pytest
 import yaml
@@ -24,24 +25,19 @@ from conftest import ROOT
 from PIL import Image
 from test_graph import TIER, clone, environment
 
-import jepa_nb.data
 import jepa_nb.train
-from jepa_nb.cli import main, result_file
-from jepa_nb.config import ConfigError, load_config, make_config, save_config
-from jepa_nb.data import (
-    DataError,
-    Stream,
-    make_shards,
-    open_data,
-    open_source,
-    read_shard,
-    shards_from_scenes,
-    tar_members,
-    write_shard,
-)
+from jepa_nb.checkpoint import checkpoints, is_whole, newest, open_run, save_checkpoint, verify
+from jepa_nb.cli import main
+from jepa_nb.files import RunError, weights_file
+from jepa_nb.images import DataError
+from jepa_nb.recipes import ConfigError, load_config, make_config, save_config
+from jepa_nb.results import result_file
 from jepa_nb.sets import shards_from_digits
-from jepa_nb.show import weights_file
-from jepa_nb.train import RunError, checkpoints, is_whole, newest, open_run, save_checkpoint, train, verify
+from jepa_nb.shards import tar_members, write_shard
+from jepa_nb.sources import open_source
+from jepa_nb.streams import Stream, open_data, read_shard
+from jepa_nb.train import train
+from jepa_nb.writing import make_shards, shards_from_scenes
 
 TINY = dict(
     data=dict(images=64, side=32), scale=dict(min_side=4, max_side=8), pack=dict(rows=2, context=64, target=96, pool=8),
@@ -439,7 +435,7 @@ def test_a_recipes_name_is_never_run(tmp_path):
     (lambda t: t.update(depth={'main;x': {}}), "depth head 'main;x'"), (lambda t: t.update(figures={"it's": {}}), "figure \"it's\""), (lambda t: t.update(ood={'a b': {}}), 'a b: not a name for a data set')],
     ids=['run', 'command', 'head', 'figure', 'set'])
 def test_names_that_could_not_be_files(tmp_path, change, says):
-    from jepa_nb.cli import CliError, read_tier
+    from jepa_nb.tiers import CliError, read_tier
     tier = json.loads(json.dumps(TIER | dict(figures={})))
     tier['runs'] = {k: v | dict(recipe=str(ROOT/v['recipe'])) for k, v in tier['runs'].items()}
     change(tier)

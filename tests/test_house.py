@@ -84,7 +84,7 @@ def test_numbers_are_numbers(path):
 @pytest.mark.parametrize('path', sorted((ROOT/'params/train').glob('*.yaml')), ids=lambda p: p.stem)
 def test_recipe_promises(path):
     "A recipe begins with the paper's number and where ours is, and loads."
-    from jepa_nb.config import load_config
+    from jepa_nb.recipes import load_config
     head = ' '.join(line for line in path.read_text().splitlines() if line.startswith('#'))
     assert 'ublished' in head and 'figures/' in head
     assert load_config(path).run.name == path.stem

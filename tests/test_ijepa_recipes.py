@@ -4,11 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from jepa_nb.config import load_config
+from jepa_nb.checkpoint import read_log
 from jepa_nb.jepa import JEPA
 from jepa_nb.masks import target_sizes
+from jepa_nb.optim import beta_at, decay_at, lr_at
 from jepa_nb.packing import check_slots
-from jepa_nb.train import beta_at, decay_at, lr_at, read_log, train
+from jepa_nb.recipes import load_config
+from jepa_nb.train import train
 
 ROOT = Path(__file__).parents[1]
 SIZES = dict(ij_vitti16=5.49, ij_vits16=21.59, ij_vitb16=85.65, ij_vitl16=303.10, ij_vith14=630.43, ij_vitg16=1011.09, fn_vits_ijepa=236.18) # millions in the encoder

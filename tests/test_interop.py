@@ -18,15 +18,19 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from jepa_nb.checkpoint import open_run, ship
 from jepa_nb.conditioning import told_whole
-from jepa_nb.config import ConfigError, make_config
-from jepa_nb.data import open_source
-from jepa_nb.interop import InteropError, convert, read_any
+from jepa_nb.evaluate import evaluate, rank_checkpoints
+from jepa_nb.features import encode, extract, image_tokens
+from jepa_nb.formats import InteropError
+from jepa_nb.interop import convert, read_any
 from jepa_nb.layers import sincos2d, sincos_codes
 from jepa_nb.model import stretched
 from jepa_nb.patches import positions
-from jepa_nb.probes import encode, evaluate, extract, image_tokens, knn, rank_checkpoints
-from jepa_nb.train import open_run, ship, train
+from jepa_nb.probes import knn
+from jepa_nb.recipes import ConfigError, make_config
+from jepa_nb.sources import open_source
+from jepa_nb.train import train
 
 PLAIN = dict(position='sincos', qk_norm=False, attn_bias=True, norm_eps=1e-6, gelu='exact', pixels='imagenet')
 SIZES = [dict(patch=16, dim=48, depth=3, heads=3, side=224), dict(patch=14, dim=64, depth=2, heads=2, side=112), dict(patch=16, dim=192, depth=12, heads=3, side=224),

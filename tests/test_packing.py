@@ -12,10 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from jepa_nb.config import ConfigError, make_config
-from jepa_nb.data import BadImage, DataError, Stream, write_shards
-from jepa_nb.packing import Planner, check_slots, eval_pack, loader, pack_images, pack_iterator
+from jepa_nb.images import BadImage, DataError
+from jepa_nb.loader import eval_pack, loader, pack_images, pack_iterator
+from jepa_nb.packing import Planner, check_slots
 from jepa_nb.patches import patchify, resize, unpatchify
+from jepa_nb.recipes import ConfigError, make_config
+from jepa_nb.shards import write_shards
+from jepa_nb.streams import Stream
 
 
 class Pictures:

@@ -12,8 +12,9 @@ import yaml
 from conftest import ROOT
 from test_graph import NOTEBOOK, TIER, changed, clone, environment, make
 
-from jepa_nb.cli import next_command, read_tier, refresh_report, with_seed
+from jepa_nb.launch import next_command, refresh_report
 from jepa_nb.progress import Job, Progress, duration, plan_lines, wall_seconds
+from jepa_nb.tiers import read_tier, with_seed
 
 SMALL = TIER | dict(runs=dict(fn_ln=TIER['runs']['fn_ln']), figures=dict(b=dict(params=dict(images=3))), seconds={'train': 60, 'evaluate': 30, 'figure': 20, 'train fn_ln': 600})
 

@@ -8,12 +8,15 @@ import torch
 import yaml
 from conftest import ROOT
 
-from jepa_nb.cli import read_tier, words_of
-from jepa_nb.config import RELEASED, Config, load_config, setting_names
+from jepa_nb.checkpoint import checkpoints
+from jepa_nb.config import RELEASED, Config
 from jepa_nb.jepa import JEPA
 from jepa_nb.model import Encoder, Predictor
+from jepa_nb.optim import beta_at, lr_at
 from jepa_nb.packing import check_slots
-from jepa_nb.train import beta_at, checkpoints, lr_at, train
+from jepa_nb.recipes import load_config, setting_names
+from jepa_nb.tiers import read_tier, words_of
+from jepa_nb.train import train
 
 TIER = read_tier(ROOT/'params/paper.yaml')
 with open(ROOT/'params/published/featnorm_table1.csv') as f: TABLE = {int(r['row']): r for r in csv.DictReader(f)}

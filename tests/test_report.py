@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from look_at_report import browser, browser_path
 
-from jepa_nb.report import build_report
+from jepa_nb.site import build_report
 
 STEMS = sorted(p.stem for p in (ROOT/'nbs/figures').glob('[!_.]*.ipynb'))
 in_browser = pytest.mark.skipif(browser_path() is None, reason='no chromium here; on Debian: apt-get install chromium')

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from jepa_nb.config import ConfigError, make_config, save_config
-from jepa_nb.data import DataError
-from jepa_nb.train import RunError, checkpoints, only_writer, open_run, read_log, sha256, train
+from jepa_nb.checkpoint import checkpoints, only_writer, open_run, read_log
+from jepa_nb.files import RunError, sha256
+from jepa_nb.images import DataError
+from jepa_nb.recipes import ConfigError, make_config, save_config
+from jepa_nb.train import train
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(

@@ -12,8 +12,11 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from jepa_nb.data import BadImage, DataError, file_md5, open_source
-from jepa_nb.sets import PUBLISHED, SETS, checksum, open_files, scene_facts, shards_from_public, task_labels
+from jepa_nb.archives import open_files
+from jepa_nb.images import BadImage, DataError
+from jepa_nb.sets import PUBLISHED, SETS, checksum, file_md5, scene_facts, shards_from_public
+from jepa_nb.sources import open_source
+from jepa_nb.tasks import task_labels
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -22,10 +22,12 @@ import torch
 from PIL import Image
 
 from jepa_nb import data
-from jepa_nb.config import make_config
-from jepa_nb.data import open_source, write_shards
-from jepa_nb.packing import Planner, loader, planned_split
+from jepa_nb.loader import loader, planned_split
+from jepa_nb.packing import Planner
 from jepa_nb.patches import resize
+from jepa_nb.recipes import make_config
+from jepa_nb.shards import write_shards
+from jepa_nb.sources import open_source
 
 
 def busy_cores():

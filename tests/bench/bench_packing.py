@@ -12,8 +12,8 @@ import time
 
 import numpy as np
 
-from jepa_nb.config import make_config
 from jepa_nb.packing import Planner
+from jepa_nb.recipes import make_config
 
 SETTINGS = (['pack.context=256', 'pack.target=416'], ['pack.context=128', 'pack.target=192'],
             ['pack.context=256', 'pack.target=416', 'masks.window=4'])
@@ -51,7 +51,7 @@ def main():
     parser.add_argument('--images', type=int, default=10_000)
     args = parser.parse_args()
     if args.shards:
-        from jepa_nb.data import open_source
+        from jepa_nb.sources import open_source
         source = open_source('shards', args.shards, cache=False)
         sizes, name = source.sizes, f'{len(source)} images of {args.shards}'
     else: sizes, name = photo_sizes(4000, np.random.default_rng(0)), '4000 drawn sizes, longer side at most 256'

@@ -12,21 +12,14 @@ import time
 
 import torch
 
-from jepa_nb.config import load_config, make_config
-from jepa_nb.data import open_data
+from jepa_nb.checkpoint import random_model
+from jepa_nb.devices import matmul_error, multiplies_bfloat16, pick_device, seeded, to_device
 from jepa_nb.jepa import ema_
-from jepa_nb.packing import loader
-from jepa_nb.train import (
-    beta_at,
-    make_optimizer,
-    matmul_error,
-    multiplies_bfloat16,
-    pick_device,
-    random_model,
-    seeded,
-    to_device,
-    update,
-)
+from jepa_nb.loader import loader
+from jepa_nb.optim import beta_at, make_optimizer
+from jepa_nb.recipes import load_config, make_config
+from jepa_nb.streams import open_data
+from jepa_nb.train import update
 
 
 def step(jepa, opt, pack, cfg, k, form, amp):

@@ -2,7 +2,7 @@
 from docutils import nodes
 from latex2mathml.converter import convert
 
-from jepa_nb.report import api_lines, is_api_noise
+from jepa_nb.site import api_lines, is_api_noise
 
 project, author, html_title = 'jepa_nb', 'The jepa_nb developers', 'jepa_nb report'
 extensions = ['myst_nb', 'sphinx.ext.autodoc']
