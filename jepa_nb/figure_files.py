@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from .files import file_hash, git_commit, machine, root, short, versions, weights_file, write_atomic
+from .files import file_hash, git_commit, machine, repo_root, short_path, versions, weights_file, write_atomic
 from .recipes import load_config
 from .show import STYLE
 
@@ -63,7 +63,7 @@ def tier_of(
     "The tier that a run belongs to; None for runs of one's own."
     parts = Path(path).parts
     found = [b for a, b in zip(parts, parts[1:]) if a in ('runs', 'figures')]
-    return next((t for t in found if (root()/'params'/f'{t}.yaml').is_file()), None)
+    return next((t for t in found if (repo_root()/'params'/f'{t}.yaml').is_file()), None)
 
 def _state(weights:Path)->dict:
     "What a checkpoint says of its training: images, and seconds where it was not shipped."
@@ -165,7 +165,7 @@ def say_scale(
 ):               # the figure
     "Write the scale of a figure below it; in the files of the committed tiers it stands in the JSON alone."
     named = tier or (Path(out).parent.name if out else None)
-    tier = named if named and (root()/'params'/f'{named}.yaml').is_file() else next((tier_of(f) for f in runs), None)
+    tier = named if named and (repo_root()/'params'/f'{named}.yaml').is_file() else next((tier_of(f) for f in runs), None)
     name = getattr(source, 'name', '')
     data = f'drawn from {name}' if ' in place of ' in name else None
     if not runs and name:
@@ -210,8 +210,8 @@ def _plain(v):
     "Anything as JSON can hold it; paths as they read from the repository."
     if isinstance(v, dict): return {str(k):_plain(x) for k, x in v.items()}
     if isinstance(v, (list, tuple)): return [_plain(x) for x in v]
-    if isinstance(v, Path): return short(v)
-    if isinstance(v, str) and v.startswith('/'): return short(v)
+    if isinstance(v, Path): return short_path(v)
+    if isinstance(v, str) and v.startswith('/'): return short_path(v)
     if isinstance(v, np.ndarray) or hasattr(v, 'tolist'): return _plain(v.tolist())
     if isinstance(v, float) and not math.isfinite(v): return None
     return v if isinstance(v, (str, int, float, bool)) or v is None else str(v)
@@ -250,7 +250,7 @@ def save_figure(
     if not written_scale(fig): write_scale(fig, scale_line(tier, checkpoints), tier not in COMMITTED)
     with plt.rc_context(STYLE): fig.savefig(png, format='png', metadata={'Software':None})  # no version inside: equal figures are equal bytes
     png, text = png.getvalue(), table_csv(table)
-    hashes = {short(c):file_hash(w) for c in checkpoints if (w := weights_file(c))}
+    hashes = {short_path(c):file_hash(w) for c in checkpoints if (w := weights_file(c))}
     masks = sorted({load_config(f).masks.said for c in checkpoints if (w := weights_file(c)) and (f := w.parent/'config.yaml').is_file()})
     about = dict(figure=Path(out).name, tier=tier, claim=claim, parameters=params, commit=git_commit(), checkpoints=hashes, masks=masks,
                  versions=versions(), machine=machine(), seconds=None if seconds is None else round(seconds, 1),
@@ -276,10 +276,10 @@ def read_figure(
 )->tuple[str,list[dict],dict]: # tier, rows of the CSV, the JSON
     "What `save_figure` left; a FileNotFoundError where no tier has this figure."
     tiers = [tier] if tier else COMMITTED
-    found = next((t for t in tiers if (root()/'figures'/t/f'{stem}.csv').is_file()), None)
+    found = next((t for t in tiers if (repo_root()/'figures'/t/f'{stem}.csv').is_file()), None)
     if found is None:
         first = tiers[0]
         raise FileNotFoundError(f"figures/{first}/{stem}.csv: no such figure; `make reproduce TIER={first}` draws it")
-    base = root()/'figures'/found/stem
+    base = repo_root()/'figures'/found/stem
     with open(f'{base}.csv', newline='') as f: rows = [{k:_value(v) for k, v in r.items()} for r in csv.DictReader(f)]
     return found, rows, json.loads(Path(f'{base}.json').read_text())

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TILE', 'LEVELS', 'CLASSES', 'FOREIGN', 'SKY_FROM', 'generator', 'draw_scene_size', 'scene_sizes', 'tiles', 'noise',
-           'Appearance', 'appearances', 'draw_appearance', 'hsv', 'draw_hue', 'Layout', 'draw_layout', 'grid',
-           'ground_depth', 'Figure', 'draw_figures', 'around', 'own_axes', 'coverage', 'visible_figures',
-           'paint_background', 'paint_shadow', 'paint_figure', 'expose', 'figure_depth', 'layered_sample']
+           'Appearance', 'appearances', 'draw_appearance', 'hsv', 'draw_hue', 'SceneGeometry', 'draw_layout',
+           'pixel_centres', 'ground_depth', 'Figure', 'draw_figures', 'around', 'own_axes', 'coverage',
+           'visible_figures', 'paint_background', 'paint_shadow', 'paint_figure', 'expose', 'figure_depth',
+           'layered_sample']
 
 # %% ../nbs/09_layered.ipynb #0391fbd7
 from functools import lru_cache
@@ -136,7 +137,7 @@ def draw_hue(rng, hue:float, spread:float=.06)->float:
 # %% ../nbs/09_layered.ipynb #03651b8e
 SKY_FROM = 60. # metres; what is farther is sky, of unknown depth
 
-class Layout(NamedTuple):
+class SceneGeometry(NamedTuple):
     "Camera and ground of a picture; rows and lengths in pixels, unless metres are named."
     size:tuple     # H, W
     focal:float
@@ -149,21 +150,21 @@ def draw_layout(
     rng:np.random.Generator,
     size:tuple,    # H, W
     look:Appearance,
-)->Layout:
+)->SceneGeometry:
     "Choose a camera, and where the ground ends."
     focal, height = rng.uniform(.9, 1.6)*max(size), rng.uniform(.45, 1.)
     indoors, wall = rng.random() < look.indoors, float(np.exp(rng.uniform(np.log(3), np.log(9))))
     base = float(np.clip(look.horizon + rng.normal(0, .05), .08, .85))*size[0]
     wall = wall if indoors else SKY_FROM
-    return Layout(size, focal, height, wall, base, base - focal*height/wall)
+    return SceneGeometry(size, focal, height, wall, base, base - focal*height/wall)
 
-def grid(size:tuple)->tuple[np.ndarray,np.ndarray]: # [H 1] [1 W] float32
+def pixel_centres(size:tuple)->tuple[np.ndarray,np.ndarray]: # [H 1] [1 W] float32
     "Rows and columns of pixel centres, in pixels."
     return np.arange(size[0], dtype=np.float32)[:,None] + np.float32(.5), np.arange(size[1], dtype=np.float32)[None] + np.float32(.5)
 
-def ground_depth(layout:Layout)->np.ndarray: # [H 1] float32, metres
+def ground_depth(layout:SceneGeometry)->np.ndarray: # [H 1] float32, metres
     "Depth of ground and wall, the same along a row."
-    y, _ = grid(layout.size)
+    y, _ = pixel_centres(layout.size)
     away = np.float32(layout.focal*layout.height)/np.maximum(y - np.float32(layout.horizon), np.float32(1e-3))
     return np.where(y < layout.base, np.float32(layout.wall), np.minimum(away, np.float32(layout.wall)))
 
@@ -181,7 +182,7 @@ class Figure(NamedTuple):
 
 def draw_figures(
     rng:np.random.Generator,
-    layout:Layout,
+    layout:SceneGeometry,
     look:Appearance,  # of the picture
 )->list[Figure]:      # from far to near
     "Choose the objects of a picture."
@@ -213,7 +214,7 @@ def own_axes(
     size:tuple,  # H, W
 )->tuple[np.ndarray,np.ndarray]: # [h w] each; 1 at the ends of the figure's axes
     "Pixels as the figure sees them."
-    y, x = grid(size)
+    y, x = pixel_centres(size)
     dx, dy = x[:,columns] - np.float32(figure.x), y[rows] - np.float32(figure.y)
     c, s = np.float32(np.cos(figure.tilt)), np.float32(np.sin(figure.tilt))
     return (dx*c + dy*s)/np.float32(figure.a), (dy*c - dx*s)/np.float32(figure.b)
@@ -228,7 +229,7 @@ def coverage(
     return np.clip((1-rho)*np.float32(min(figure.a, figure.b)) + np.float32(.5), 0, 1)
 
 def visible_figures(
-    layout:Layout,
+    layout:SceneGeometry,
     figures:list[Figure], # from far to near
 )->tuple[list[Figure],np.ndarray]: # those that show; [H W] int, 1.. the figure that is seen, 0 none
     "Leave out figures that hardly show (less than 0.4 % of the picture)."
@@ -245,11 +246,11 @@ def visible_figures(
 # %% ../nbs/09_layered.ipynb #c3d73bd5
 def paint_background(
     rng:np.random.Generator,
-    layout:Layout,
+    layout:SceneGeometry,
     look:Appearance,
 )->np.ndarray: # [3 H W] float32
     "Ground, and wall or sky."
-    (H, W), (y, x), depth = layout.size, grid(layout.size), ground_depth(layout)
+    (H, W), (y, x), depth = layout.size, pixel_centres(layout.size), ground_depth(layout)
     top, bottom = (hsv(draw_hue(rng, h), rng.uniform(.1, .6), rng.uniform(*v)) for h, v in zip(look.backdrop, ((.3, .95), (.2, .85))))
     kind, scale = int(rng.integers(4)), .3*np.exp(rng.uniform(0, 2) + rng.normal(0, .3)) # tiles of noise across the picture, or per metre of ground
     strength, offset = rng.uniform(.25, .8), rng.uniform(0, 9, 2)
@@ -263,11 +264,11 @@ def paint_background(
 
 def paint_shadow(
     picture:np.ndarray, # [3 H W], changed in place
-    layout:Layout,
+    layout:SceneGeometry,
     figure:Figure,
 ):
     "A soft shadow at the foot of a figure."
-    (H, W), (y, x) = layout.size, grid(layout.size)
+    (H, W), (y, x) = layout.size, pixel_centres(layout.size)
     a, b = 1.1*figure.a + 1, max(.3*figure.a*min(1, 2*layout.height/figure.depth), 1.) + .5
     rows = slice(int(np.clip(max(figure.foot-3*b, layout.base), 0, H)), int(np.clip(figure.foot+3*b+1, 0, H)))
     columns = slice(int(np.clip(figure.x-2.5*a, 0, W)), int(np.clip(figure.x+2.5*a+1, 0, W)))
@@ -277,7 +278,7 @@ def paint_shadow(
 def paint_figure(
     rng:np.random.Generator,
     picture:np.ndarray, # [3 H W], changed in place
-    layout:Layout,
+    layout:SceneGeometry,
     figure:Figure,
     side_light:float,   # brightness added on the right, taken away on the left
 ):
@@ -309,7 +310,7 @@ def expose(
 
 # %% ../nbs/09_layered.ipynb #3c2e9266
 def figure_depth(
-    layout:Layout,
+    layout:SceneGeometry,
     figures:list[Figure],
     seen:np.ndarray, # [H W] int, see `visible_figures`
 )->np.ndarray:       # [H W] float32, metres; NaN: sky
@@ -344,7 +345,7 @@ def layered_sample(
     area = np.bincount(seen.ravel(), minlength=len(figures)+1)[1:]
     rank = np.zeros(len(area)+1, np.uint8)
     rank[np.argsort(-area, kind='stable')+1] = np.arange(1, len(area)+1)
-    depth, (y, x) = figure_depth(layout, figures, seen), grid(size)
+    depth, (y, x) = figure_depth(layout, figures, seen), pixel_centres(size)
     slant = np.sqrt(1 + ((y-layout.horizon)/layout.focal)**2 + ((x-size[1]/2)/layout.focal)**2) # length of a ray of depth 1
     return dict(image=torch.from_numpy(expose(generator(seed, index, 4), picture)), label=label, count=len(area),
                 distance=float((depth*slant)[seen > 0].min()), depth=torch.from_numpy(depth),

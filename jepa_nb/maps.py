@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from einops import repeat
 from matplotlib.colors import hsv_to_rgb
 
-from .conditioning import told_whole
+from .conditioning import inference_conditioning
 from .config import Config
-from .features import image_tokens, open_encoder, square, squares
+from .features import image_tokens, open_encoder, center_square, square_batches
 from .jepa import JEPA
-from .losses import LossMap, some, tally_losses
+from .losses import LossMap, sample_indices, accumulate_losses
 from .norms import energy
 from .patches import Tokens, patchify
-from .stats import bootstrap, redraw, spans
+from .stats import bootstrap, bootstrap_weights, percentile_intervals
 
 # %% ../nbs/46_maps.ipynb #5d682078
 def smooth_fit(
@@ -84,9 +84,9 @@ def checkerboard_interval(
     shift:int=0, # see `checkerboard`
 )->dict: # name -> (low, high)
     "Bootstrap intervals over images."
-    weight = redraw(len(losses.maps), draws, seed)
+    weight = bootstrap_weights(len(losses.maps), draws, seed)
     sums, counts = (np.tensordot(weight, t, 1) for t in (losses.sums, losses.counts))
-    return spans(checkerboard(sums/np.maximum(counts, 1), window, shift), level)
+    return percentile_intervals(checkerboard(sums/np.maximum(counts, 1), window, shift), level)
 
 # %% ../nbs/46_maps.ipynb #31352717
 def grid_strength(
@@ -103,14 +103,14 @@ def grid_strength(
     groups = grid_frequencies(y, x, window)
     groups['ratio'] = groups['y'] | groups['x'] | groups['diagonal']
     a = np.fft.fft2(maps-smooth_part(maps))/(y*x)
-    weight, fair = np.concatenate([np.ones((1, n)), redraw(n, draws, seed)]), np.concatenate([[1], np.full(draws, n/(n-1))]) # fair: two draws are one image with chance 1/n
+    weight, fair = np.concatenate([np.ones((1, n)), bootstrap_weights(n, draws, seed)]), np.concatenate([[1], np.full(draws, n/(n-1))]) # fair: two draws are one image with chance 1/n
     found = {}
     for name, g in groups.items():
         own = (np.abs(a[:, g])**2).sum(1)                                   # [i]
         pairs = fair*((np.abs(weight @ a[:, g])**2).sum(1) - weight**2 @ own) # of different images
         found[name] = np.maximum(1 + pairs/np.maximum(weight @ own, 1e-300), 0)
     found['amplitude'] = np.sqrt(np.maximum(pairs, 0)/(n*(n-1)))/np.abs(weight @ maps.mean((1, 2))/n) # of 'ratio', the last
-    span = spans({k:v[1:] for k, v in found.items()}, level)
+    span = percentile_intervals({k:v[1:] for k, v in found.items()}, level)
     return {k:(float(v[0]), *span[k]) for k, v in found.items()}
 
 # %% ../nbs/46_maps.ipynb #7eb3b35b
@@ -138,8 +138,8 @@ def moved_loss_maps(
 )->MovedMaps:
     "Loss at every place, with each mask's windows moved by one of all offsets, around the border."
     offsets = window_moves(cfg.masks.window)
-    ids = some(source, images, seed) if indices is None else np.asarray(indices)
-    found = tally_losses(jepa, source, cfg, side or cfg.scale.max_side, ids, -(-repeats//len(offsets))*len(offsets), offsets, seed, progress)
+    ids = sample_indices(source, images, seed) if indices is None else np.asarray(indices)
+    found = accumulate_losses(jepa, source, cfg, side or cfg.scale.max_side, ids, -(-repeats//len(offsets))*len(offsets), offsets, seed, progress)
     return MovedMaps(*found[:2], offsets, found[2])
 
 def in_frame(
@@ -168,9 +168,9 @@ def token_energies(
     encoder = open_encoder(model)
     device, depths = next(encoder.parameters()).device, len(encoder.blocks)+1
     before, after = np.full((len(ids), depths, side, side), np.nan), np.full((len(ids), side, side), np.nan)
-    for places, images in squares(source, ids, side*encoder.patch, max(1, tokens//side**2), progress):
+    for places, images in square_batches(source, ids, side*encoder.patch, max(1, tokens//side**2), progress):
         row = Tokens(*(t.to(device) for t in image_tokens(images, encoder.patch)))
-        h = encoder.hidden(row, extra=told_whole(encoder, row))
+        h = encoder.hidden(row, extra=inference_conditioning(encoder, row))
         grid = lambda h: energy(h).view(-1, side, side).cpu().numpy()
         before[places] = np.stack([grid(t) for t in h], 1)
         after[places] = grid(encoder.norm(h[-1]))
@@ -187,7 +187,7 @@ def object_share(
     objects = source.sample(int(index)).get('objects')
     if objects is None: return None
     mask = repeat((objects > 0).to(torch.uint8)*255, 'H W -> H W 3').contiguous()
-    return patchify(square(mask, side*patch), patch).float().mean(1).view(side, side).numpy()/255
+    return patchify(center_square(mask, side*patch), patch).float().mean(1).view(side, side).numpy()/255
 
 # %% ../nbs/46_maps.ipynb #ac37c4f4
 def variation(m:np.ndarray)->np.ndarray: # [i ... y x] -> [i ...]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import MLP, Layout
+from .layers import MLP, TokenLayout
 
 # %% ../nbs/22_moe.ipynb #f8e7660a
 def choose(
@@ -58,7 +58,7 @@ class DiffMoE(nn.Module):
         self.register_buffer('seen', torch.zeros((), dtype=torch.bool))
         init_experts(self, dim, hidden, expert_init)
 
-    def forward(self, x:Tensor, lay:Layout, raw:Tensor|None=None)->tuple[Tensor,Tensor|None]: # [n d] -> [n d], loss of the capacity predictor
+    def forward(self, x:Tensor, lay:TokenLayout, raw:Tensor|None=None)->tuple[Tensor,Tensor|None]: # [n d] -> [n d], loss of the capacity predictor
         gate = (torch.tanh(self.gate(x).float()) + 1)/2           # [n e]
         if lay.is_real is not None: gate = gate.masked_fill(~lay.is_real[:, None], -1.)
         if not self.training: return by_threshold(self, x, gate, lay), None
@@ -66,7 +66,7 @@ class DiffMoE(nn.Module):
         return y, learn_choice(self, x, ids, lay) if self.training and ids is not None else None
 
 # %% ../nbs/22_moe.ipynb #a06cf184
-def by_choice(moe:nn.Module, x:Tensor, gate:Tensor, lay:Layout)->tuple[Tensor,Tensor|None]: # [n d] -> [n d], token ids [e k]
+def by_choice(moe:nn.Module, x:Tensor, gate:Tensor, lay:TokenLayout)->tuple[Tensor,Tensor|None]: # [n d] -> [n d], token ids [e k]
     "Training: every expert takes its k tokens of the batch."
     slots = lay.shape[0]*lay.shape[1]
     tokens = slots if moe.capacity_padding else len(x) if lay.is_real is None else int(lay.is_real.sum())
@@ -78,7 +78,7 @@ def by_choice(moe:nn.Module, x:Tensor, gate:Tensor, lay:Layout)->tuple[Tensor,Te
     y = torch.zeros_like(x).index_add(0, ids.flatten(), (h*taken[..., None]).flatten(0, 1).to(x.dtype))
     return y, ids
 
-def learn_choice(moe:DiffMoE, x:Tensor, ids:Tensor, lay:Layout)->Tensor: # []
+def learn_choice(moe:DiffMoE, x:Tensor, ids:Tensor, lay:TokenLayout)->Tensor: # []
     "The capacity predictor's loss on what the experts took; the thresholds follow."
     logit = moe.predict(x.detach()).float()                        # [n e]
     truth = torch.zeros_like(logit).scatter(0, ids.T, 1.)
@@ -88,14 +88,14 @@ def learn_choice(moe:DiffMoE, x:Tensor, ids:Tensor, lay:Layout)->Tensor: # []
     return loss
 
 @torch.no_grad()
-def follow_threshold(moe:DiffMoE, p:Tensor, k:int, lay:Layout): # p [n e]
+def follow_threshold(moe:DiffMoE, p:Tensor, k:int, lay:TokenLayout): # p [n e]
     "Move each expert's threshold towards the k-th largest answer: halfway to the next, so that rounding cannot turn a choice."
     if lay.is_real is not None and not moe.capacity_padding: p = p.masked_fill(~lay.is_real[:, None], 0.)
     top = p.topk(min(k+1, len(p)), dim=0).values
     kth = top[k-1] if moe.capacity_padding else (top[k-1]+top[-1])/2 # differs from FN's code, which takes the k-th itself
     moe.threshold.lerp_(kth, torch.where(moe.seen, 1-moe.beta, 1.).to(kth)); moe.seen.fill_(True)
 
-def by_threshold(moe:DiffMoE, x:Tensor, gate:Tensor, lay:Layout)->Tensor: # [n d] -> [n d]
+def by_threshold(moe:DiffMoE, x:Tensor, gate:Tensor, lay:TokenLayout)->Tensor: # [n d] -> [n d]
     "Inference: each token on its own, by the capacity predictor and the thresholds; before there are any, to the expert that wants it most."
     takes = moe.predict(x).float().sigmoid() >= moe.threshold if moe.seen else F.one_hot(gate.argmax(1), moe.experts).bool() # [n e]
     if lay.is_real is not None: takes &= lay.is_real[:, None]
@@ -128,7 +128,7 @@ class ExpertChoice(nn.Module):
 
     def forward(self,
         x:Tensor,             # [n d] behind the norm
-        lay:Layout,
+        lay:TokenLayout,
         raw:Tensor|None=None, # [n d] before the norm: what the gate sees; None: x
     )->tuple[Tensor,None]:    # [n d], no loss of its own
         gate = self.gate(x if raw is None else raw).float().softmax(1) # [n e]

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from .figure_files import COMMITTED, tier_of
-from .files import RunError, at, root, short, weights_file
+from .files import RunError, repo_path, repo_root, short_path, weights_file
 
 # %% ../nbs/44_results.ipynb #6888aca5
 def _seeds(home:Path, name:str)->list[Path]:
@@ -42,16 +42,16 @@ def runs_home(
 )->Path|None:
     "The folder with the runs that a figure compares: beside the first one given, else that of a tier, which it prints."
     if first := next((g for g in given if g), None):
-        return at(first if isinstance(first, (str, Path)) else first[0]).absolute().parents[1]
+        return repo_path(first if isinstance(first, (str, Path)) else first[0]).absolute().parents[1]
     homes = [f'figures/{t}/checkpoints' for t in ([tier] if tier else COMMITTED)]
     homes = [f'runs/{tier}', *homes] if tier else [*homes, 'runs/quick']
-    lacking = {h:_lacks(root()/h, names, reads) for h in homes}
+    lacking = {h:_lacks(repo_root()/h, names, reads) for h in homes}
     if found := next((h for h, what in lacking.items() if what is None), None):
-        counts = [(n, len(_seeds(root()/found, n))) for n in names]
+        counts = [(n, len(_seeds(repo_root()/found, n))) for n in names]
         seeds = ', '.join(f"{n} ({k} seed{'s' if k > 1 else ''})" for n, k in counts)
         kind = 'committed checkpoints' if 'checkpoints' in found else 'runs of this machine'
-        print(f"tier {tier_of(root()/found/'x')}, {kind} in {found}: {seeds}")
-        return root()/found
+        print(f"tier {tier_of(repo_root()/found/'x')}, {kind} in {found}: {seeds}")
+        return repo_root()/found
     if needed:
         where = '; '.join(f'{h} has no {what}' for h, what in lacking.items())
         raise RunError(f"no runs given, and none found: {where}; `make reproduce TIER={tier or 'quick'}` makes them")
@@ -66,11 +66,11 @@ def find_runs(
     if given is None:
         home = home or runs_home((), (name,))
         if found := _seeds(home, name): return found
-        raise RunError(f"no run given for {name}, and none in {short(home)}; pass run folders")
-    found = [at(p) for p in ([given] if isinstance(given, (str, Path)) else given)]
+        raise RunError(f"no run given for {name}, and none in {short_path(home)}; pass run folders")
+    found = [repo_path(p) for p in ([given] if isinstance(given, (str, Path)) else given)]
     if not found: raise RunError(f"no run given for {name}")
     for p in found:
-        if not weights_file(p): raise RunError(f"{short(p)}: no checkpoint there; `jepa_nb train RECIPE --out {short(p)}` makes one")
+        if not weights_file(p): raise RunError(f"{short_path(p)}: no checkpoint there; `jepa_nb train RECIPE --out {short_path(p)}` makes one")
     return found
 
 def read_probe(
@@ -78,22 +78,22 @@ def read_probe(
     name:str='probe', # of the data set, where the run was evaluated on several
 )->dict:
     "What `evaluate` left for a run."
-    path = at(path)
+    path = repo_path(path)
     for p in ((path,) if path.is_file() else (path/'eval'/f'{name}.json', path/f'{name}.json')):
         if p.is_file(): return json.loads(p.read_text())
-    raise RunError(f"{short(path)}: not evaluated{'' if name == 'probe' else f' on {name}'}; `jepa_nb eval {short(path)}` does it")
+    raise RunError(f"{short_path(path)}: not evaluated{'' if name == 'probe' else f' on {name}'}; `jepa_nb eval {short_path(path)}` does it")
 
 def read_ranks(
     run,              # a run folder
     along:bool=False, # for a figure about the course of training: updates must be known
 )->dict:
     "What `rank_checkpoints` left for a run."
-    for p in (at(run)/'eval'/'ranks.json', at(run)/'ranks.json'):
+    for p in (repo_path(run)/'eval'/'ranks.json', repo_path(run)/'ranks.json'):
         if not p.is_file(): continue
         found = json.loads(p.read_text())
-        if along and any(c['step'] is None for c in found['checkpoints']): raise RunError(f"{short(run)}: was converted, and nobody says after how many updates it was written; this figure is about the course of training")
+        if along and any(c['step'] is None for c in found['checkpoints']): raise RunError(f"{short_path(run)}: was converted, and nobody says after how many updates it was written; this figure is about the course of training")
         return found
-    raise RunError(f"{short(run)}: its checkpoints have no rank scores; `jepa_nb ranks {short(run)}` takes them")
+    raise RunError(f"{short_path(run)}: its checkpoints have no rank scores; `jepa_nb ranks {short_path(run)}` takes them")
 
 def read_baselines(
     runs,             # run folders
@@ -175,11 +175,11 @@ def write_result(
     with_all:bool=False, # see `keep_result`
 )->tuple[dict,Path|None]: # the result and where it is
     "Evaluate, and write what came out where it displaces nothing else."
-    from jepa_nb.files import short
-    from jepa_nb.train import data_print
+    from jepa_nb.files import short_path
+    from jepa_nb.train import data_fingerprint
     if out or wanted is None: return make(out), out
     run = next(p for p in wanted.parents if p.name == 'eval').parent
-    about = dict(train=short(images[0].name), sizes=[s and data_print(s) for s in images])
+    about = dict(train=short_path(images[0].name), sizes=[s and data_fingerprint(s) for s in images])
     with tempfile.TemporaryDirectory(prefix='.tmp-eval-', dir=run) as d:
         r = make(Path(d)/wanted.name)
         return r, keep_result(Path(d)/wanted.name, wanted, about, with_all)

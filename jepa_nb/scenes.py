@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'SOLIDS', 'CUBE', 'CIRCLE', 'UP', 'SIDE', 'SCENE_CLASSES', 'OTHER_CLASSES', 'SHAPES', 'GROUNDS', 'COATS',
-           'SPOTS', 'GROUND', 'SKY', 'WALL', 'FAR', 'SUN_SPOTS', 'Part', 'span', 'span_quad', 'ring_distance',
+           'SPOTS', 'GROUND', 'SKY', 'WALL', 'FAR', 'SUN_SPOTS', 'SolidPart', 'span', 'span_quad', 'ring_distance',
            'span_ring', 'normal_at', 'Shape', 'block', 'ball', 'can', 'spike', 'hull', 'corners', 'circle', 'globe',
            'solid', 'sphere', 'box', 'cylinder', 'cone', 'torus', 'pyramid', 'table', 'dumbbell', 'cross', 'stairs',
            'capsule', 'octahedron', 'prism', 'hourglass', 'snowman', 'mushroom', 'bucket', 'arch', 'scene_classes',
            'soft_wave', 'pattern', 'Paint', 'draw_colour', 'draw_paint', 'painted', 'Thing', 'Camera', 'World',
            'cross_product', 'unit', 'turn_down', 'draw_thing', 'moved', 'draw_camera', 'on_picture', 'draw_world',
-           'Hits', 'rays', 'local', 'cast', 'seen', 'Light', 'draw_light', 'sun_rays', 'lit', 'Look', 'draw_look',
-           'sky_colour', 'coat_at', 'surface', 'colour', 'develop', 'solid_sample', 'render_solids', 'scene_sample',
-           'render_scenes']
+           'Hits', 'rays', 'local', 'cast', 'drop_hidden_objects', 'Light', 'draw_light', 'sun_rays', 'lit', 'Look',
+           'draw_look', 'sky_colour', 'coat_at', 'surface', 'colour', 'develop', 'solid_sample', 'render_solids',
+           'scene_sample', 'render_scenes']
 
 # %% ../nbs/10_scenes.ipynb #747882f8
 from typing import NamedTuple
@@ -27,7 +27,7 @@ STYLES = ('layered', 'solids', 'textures', 'shapes', 'light') # the default worl
 SOLIDS = STYLES[1:]
 
 # %% ../nbs/10_scenes.ipynb #689db035
-class Part(NamedTuple):
+class SolidPart(NamedTuple):
     "A convex piece of a solid, or a ring."
     planes:np.ndarray|None=None # [m 4] outward normal and offset of each
     quad:tuple|None=None        # (a, c, e, f), the axis is z
@@ -36,7 +36,7 @@ class Part(NamedTuple):
 
 # %% ../nbs/10_scenes.ipynb #c350cbc3
 def span(
-    part:Part,
+    part:SolidPart,
     o:np.ndarray, # [3 n] or [3 1] where rays start
     d:np.ndarray, # [3 n] their unit directions
 )->tuple[np.ndarray,np.ndarray]: # [n] [n] where each ray enters and leaves; it misses where enter >= leave
@@ -103,7 +103,7 @@ def span_ring(
 
 # %% ../nbs/10_scenes.ipynb #81d574d0
 def normal_at(
-    part:Part,
+    part:SolidPart,
     x:np.ndarray, # [3 n] points on its surface
 )->np.ndarray:    # [3 n] unit
     "Outward normals."
@@ -128,51 +128,51 @@ def normal_at(
 # %% ../nbs/10_scenes.ipynb #ef40b7be
 class Shape(NamedTuple):
     "A solid of about unit size around the origin."
-    parts:list[Part]
+    parts:list[SolidPart]
     points:np.ndarray # [3 m] the corners of its hull
     downs:np.ndarray  # [k 3] directions that may be down
 
 def block(
     half,              # half its sides
     at=(0., 0., 0.),
-)->Part:
+)->SolidPart:
     "A box."
     n = np.concatenate([np.eye(3), -np.eye(3)])
-    return Part(np.column_stack([n, n@np.array(at) + np.tile(half, 2)]).astype(np.float32))
+    return SolidPart(np.column_stack([n, n@np.array(at) + np.tile(half, 2)]).astype(np.float32))
 
 def ball(
     r:float,
     at=(0., 0., 0.),
     flat:float=1., # height against width
-)->Part:
+)->SolidPart:
     "A ball, or one that was sat on."
-    return Part(None, (1, 1/flat**2, 0, -r*r), tuple(at))
+    return SolidPart(None, (1, 1/flat**2, 0, -r*r), tuple(at))
 
 def can(
     r:float,
     low:float,
     high:float,
-)->Part:
+)->SolidPart:
     "A cylinder around z."
-    return Part(np.array([[0, 0, 1, high], [0, 0, -1, -low]], np.float32), (1, 0, 0, -r*r))
+    return SolidPart(np.array([[0, 0, 1, high], [0, 0, -1, -low]], np.float32), (1, 0, 0, -r*r))
 
 def spike(
     r:float,        # radius at `low`
     low:float,
     apex:float,
     cut:float|None=None, # height at which it is cut off, None is the apex
-)->Part:
+)->SolidPart:
     "A cone around z that points up."
     k = (r/(apex-low))**2 # x²+y² <= k (apex-z)²
-    return Part(np.array([[0, 0, 1, apex if cut is None else cut], [0, 0, -1, -low]], np.float32), (1, -k, k*apex, -k*apex**2))
+    return SolidPart(np.array([[0, 0, 1, apex if cut is None else cut], [0, 0, -1, -low]], np.float32), (1, -k, k*apex, -k*apex**2))
 
 def hull(
     corners:np.ndarray, # [m 3]
     normals,            # [k 3] outward, of the planes to wrap them in
-)->Part:
+)->SolidPart:
     "The smallest part with these normals around some corners."
     n = np.array(normals, float); n /= np.linalg.norm(n, axis=1, keepdims=True)
-    return Part(np.c_[n, (n@corners.T).max(1)].astype(np.float32))
+    return SolidPart(np.c_[n, (n@corners.T).max(1)].astype(np.float32))
 
 # %% ../nbs/10_scenes.ipynb #b6136098
 CUBE = np.array([(x, y, z) for y in (-1, 1) for x in (-1, 1) for z in (-1, 1)], float)
@@ -221,7 +221,7 @@ def cone(rng):
 def torus(rng):
     "A ring."
     r, q = rng.uniform(.68, .78), rng.uniform(.2, .32)
-    return solid([Part(ring=(r, q))], [circle(r+q, -q*.5), circle(r+q, q*.5), circle(r, q), circle(r, -q)], [UP, SIDE])
+    return solid([SolidPart(ring=(r, q))], [circle(r+q, -q*.5), circle(r+q, q*.5), circle(r, q), circle(r, -q)], [UP, SIDE])
 
 def pyramid(rng):
     "A pyramid on a square."
@@ -282,7 +282,7 @@ def hourglass(rng):
     apex = h*q/(r-q) # where the lower cone would end
     lower = spike(r, -h, apex, 0)
     k = lower.quad
-    upper = Part(np.array([[0, 0, 1, h], [0, 0, -1, 0]], np.float32), (1, k[1], -k[2], k[3]))
+    upper = SolidPart(np.array([[0, 0, 1, h], [0, 0, -1, 0]], np.float32), (1, k[1], -k[2], k[3]))
     return solid([lower, upper], [circle(r, -h), circle(r, h)], [UP, SIDE])
 
 def snowman(rng):
@@ -293,7 +293,7 @@ def snowman(rng):
 def mushroom(rng):
     "Half a ball on a stem."
     r, q = rng.uniform(.7, .85), rng.uniform(.2, .3)
-    cap = Part(np.array([[0, 0, -1, 0.]], np.float32), (1, 1, 0, -r*r))
+    cap = SolidPart(np.array([[0, 0, -1, 0.]], np.float32), (1, 1, 0, -r*r))
     return solid([cap, can(q, -.7, .1)], [circle(q, -.7), globe(r)[96:]], [UP, (0, .7, -(r-q))])
 
 def bucket(rng):
@@ -416,7 +416,7 @@ def painted(
 class Thing(NamedTuple):
     "An object of the world."
     label:int
-    parts:list[Part]
+    parts:list[SolidPart]
     points:np.ndarray # [3 m] world
     turn:np.ndarray   # [3 3] from its own axes to the world's
     at:np.ndarray     # [3]
@@ -607,7 +607,7 @@ def cast(
     return Hits(d, t, what, part)
 
 # %% ../nbs/10_scenes.ipynb #46edeb43
-def seen(
+def drop_hidden_objects(
     world:World,
 )->tuple[World,Hits]:
     "Meet the world, then leave out objects that hardly show (less than 0.4 % of the picture)."
@@ -844,7 +844,7 @@ def solid_sample(
 )->dict:          # a Sample: image, label, count, distance, depth, objects, key
     "Render one picture with everything that is known about it."
     if side < 8: raise ValueError(f"a longest side of {side} pixels is too small, 8 or more would do")
-    world, hits = seen(draw_world(seed, index, side, style))
+    world, hits = drop_hidden_objects(draw_world(seed, index, side, style))
     look = draw_look(generator(seed, index, 2), style, world)
     light = draw_light(generator(seed, index, 3), style, bool(len(world.walls)))
     image = develop(generator(seed, index, 4), colour(world, look, light, hits))

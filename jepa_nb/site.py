@@ -25,10 +25,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .claims import UNTESTED
-from .files import root as repository
+from .files import repo_root as repository
 from .findings import finding_lines
 from jepa_nb.report import (
-    TIERS, WORDS, Notes, ReportError, drawn, ledger_pages, read_csv, read_json, tiers_of, where_from,
+    REPORTED_TIERS, WORDS, Notes, ReportError, read_drawn, ledger_pages, read_csv, read_json, tiers_of, where_from,
 )
 
 # %% ../nbs/76_site.ipynb #5b768fac
@@ -36,7 +36,7 @@ def notebook_of(
     root:Path, stem:str,
 )->tuple[Path,str]: # and whose execution it is
     "The executed notebook of a figure: this machine's own, else the committed one."
-    for tier in TIERS:
+    for tier in REPORTED_TIERS:
         own = root/'runs'/tier/'logs'/f'{stem}.ipynb'
         if own.is_file(): return own, f'executed on this machine, tier {tier}'
     return root/'nbs'/'figures'/f'{stem}.ipynb', 'as committed'
@@ -211,7 +211,7 @@ def write_figures(
         path, how = notebook_of(root, stem)
         nb = read_notebook(path, notes) or read_notebook(root/'nbs'/'figures'/f'{stem}.ipynb', notes)
         title, caption = caption_of(nb, stem)
-        every = [drawn(root, t, stem, notes) for t in tiers]
+        every = [read_drawn(root, t, stem, notes) for t in tiers]
         own = [d for d in every if d.files]
         figures.append(dict(stem=stem, title=title, tiers=[d.tier for d in own], thumb=next((d for d in own if d.png), None), stale=any(d.stale for d in own)))
         from markupsafe import Markup

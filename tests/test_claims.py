@@ -246,13 +246,13 @@ def test_the_paper_contradicts_itself():
     "Its own table against its own words, from the published CSVs."
     from jepa_nb.claims_ec import LOCAL, OOD, ahead
     from jepa_nb.claims_fn import published
-    from jepa_nb.ledger import told
+    from jepa_nb.ledger import resolve
     P = published('EC')
     assert [[c for c in OOD+LOCAL if ahead(P, c, size) < 0] for size in (1, 2)] == [['eurosat', 'clevr_dist']]*2
     assert all(ahead(P, score, size) > 0 for score in ('rankme', 'lidar') for size in (1, 2))
     by_number = {c.number: c for c in CLAIMS}
-    assert told(by_number[20].paper_value, P) == pytest.approx(-1) and 'EuroSAT' in told(by_number[20].against, P)
-    assert 'CLEVR/Dist (−5.3 and −0.2 points)' in told(by_number[25].against, P) and 'CLEVR/Count' not in told(by_number[25].against, P)
+    assert resolve(by_number[20].paper_value, P) == pytest.approx(-1) and 'EuroSAT' in resolve(by_number[20].against, P)
+    assert 'CLEVR/Dist (−5.3 and −0.2 points)' in resolve(by_number[25].against, P) and 'CLEVR/Count' not in resolve(by_number[25].against, P)
 
 
 def test_quotations_are_set_like_the_paper():

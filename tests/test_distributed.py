@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from jepa_nb.checkpoint import open_run, read_log
-from jepa_nb.devices import place_of
+from jepa_nb.devices import init_distributed
 from jepa_nb.files import RunError
 from jepa_nb.recipes import make_config, save_config
 from jepa_nb.train import train
@@ -85,4 +85,4 @@ def test_two_go_on_with_a_stream(tmp_path):
 def test_rows_that_cannot_be_shared(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '3')
     with pytest.raises(RunError, match='pack.rows 4 cannot be shared by 3 processes; a multiple of 3 can'):
-        with place_of(make_config(TINY)): pass
+        with init_distributed(make_config(TINY)): pass

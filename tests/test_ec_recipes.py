@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from jepa_nb.checkpoint import open_run, read_log
-from jepa_nb.conditioning import about_context, most_tokens
+from jepa_nb.conditioning import context_groups, max_conditioning_tokens
 from jepa_nb.config import ConditionConfig
 from jepa_nb.evaluate import evaluate
 from jepa_nb.jepa import JEPA
@@ -34,7 +34,7 @@ def test_builds_and_differs_in_conditioning_only(ec, ij):
     check_slots(a)
     with torch.device('meta'): told, plain = JEPA(a), JEPA(b)
     assert list(told.state_dict()) == list(plain.state_dict())
-    assert most_tokens(a)[0] == 8, 'two tokens for each of four blocks, whatever their size'
+    assert max_conditioning_tokens(a)[0] == 8, 'two tokens for each of four blocks, whatever their size'
 
 
 @pytest.mark.parametrize('stem', [*PAIRS, 'ec_tiny_ijepa', 'ec_tiny_wide_ijepa', 'ec_small_ijepa'])
@@ -84,7 +84,7 @@ def test_a_step_reads_nothing_back_from_the_device(stem):
     with torch.device('meta'): jepa = JEPA(cfg)
     out = jepa(pack, form='dense')
     out.loss.backward()
-    assert [k.shape[1] for k in (jepa.encoder.conditioner.targets(pack).sample, jepa.teacher.conditioner.context(pack).sample)] == list(most_tokens(cfg))
+    assert [k.shape[1] for k in (jepa.encoder.conditioner.targets(pack).sample, jepa.teacher.conditioner.context(pack).sample)] == list(max_conditioning_tokens(cfg))
 
 
 @pytest.mark.parametrize('words', [(), ('condition.odd=short',), ('condition.odd=ceil',), ('condition.context_run=own',), ('condition.parts=0',), ('masks.mode=fixed', 'masks.group=0', 'pack.context=170')])
@@ -94,9 +94,9 @@ def test_slots_for_tokens_follow_the_batch(words):
     for number in range(0, 40, 4):
         splits = [block_split(number*2048+k, (14, 14), 0, cfg) for k in range(128)]
         n, m = max(len(s.context) for s in splits), len(splits[0].targets[0])
-        told = max(int(about_context(alone(s), cfg.masks, cfg.condition).number.max())+1 for s in splits[:16])
-        room = most_tokens(cfg, n)[1]
-        assert told <= room <= most_tokens(cfg)[1]
+        told = max(int(context_groups(alone(s), cfg.masks, cfg.condition).number.max())+1 for s in splits[:16])
+        room = max_conditioning_tokens(cfg, n)[1]
+        assert told <= room <= max_conditioning_tokens(cfg)[1]
         if not words: assert room == max(1, n//15) and room <= told+1 and 2 <= told == n//(m//2) <= 7
 
 

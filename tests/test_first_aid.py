@@ -26,7 +26,7 @@ from PIL import Image
 from test_graph import TIER, clone, environment
 
 import jepa_nb.train
-from jepa_nb.checkpoint import checkpoints, is_whole, newest, open_run, save_checkpoint, verify
+from jepa_nb.checkpoint import checkpoints, is_whole, newest_checkpoint, open_run, save_checkpoint, verify_checkpoint
 from jepa_nb.cli import main
 from jepa_nb.files import RunError, weights_file
 from jepa_nb.images import DataError
@@ -205,7 +205,7 @@ def test_what_was_just_written_stays_and_damaged_ones_do_not_count(tmp_path):
     for step in (30, 40): damage(tmp_path/f'checkpoints/step_{step:08}')
     for step, left in ((15, [10, 15, 30, 40]), (20, [15, 20, 30, 40]), (35, [20, 30, 35, 40]), (50, [35, 40, 50]), (60, [50, 60])):
         folder = save(tmp_path, step)
-        assert is_whole(folder) and steps(tmp_path) == left and newest(tmp_path)[1]['step'] == step
+        assert is_whole(folder) and steps(tmp_path) == left and newest_checkpoint(tmp_path)[1]['step'] == step
 
 
 def test_whole_ones_of_later_steps_do_not_count_either(tmp_path):
@@ -234,7 +234,7 @@ def test_a_stray_name_is_no_checkpoint(tmp_path, run, stray):
     train(tiny('run.steps=8', 'run.keep=1'), copy, progress=False)
     assert (contents(p) if p.is_dir() else p.is_symlink() or p.read_text()) == before
     assert [s for s in steps(copy) if s < 90] == [8] and json.loads((copy/'done.json').read_text())['step'] == 8
-    assert newest(copy)[1]['step'] == 8 and 'step_00000008' in str(weights_file(copy))
+    assert newest_checkpoint(copy)[1]['step'] == 8 and 'step_00000008' in str(weights_file(copy))
     with pytest.raises(RunError, match='no checkpoint of step 77; there are: 8'): open_run(copy, step=77)
 
 
@@ -253,8 +253,8 @@ def test_somebodys_files_in_the_way_of_a_checkpoint_are_moved_aside(tmp_path):
 def test_a_checkpoint_under_another_ones_name(tmp_path):
     for step in (10, 20): save(tmp_path, step)
     shutil.copytree(tmp_path/'checkpoints/step_00000010', tmp_path/'checkpoints/step_00000030')
-    with pytest.raises(RunError, match='holds the checkpoint of step 10, not 30'): verify(tmp_path/'checkpoints/step_00000030')
-    assert newest(tmp_path)[1]['step'] == 20
+    with pytest.raises(RunError, match='holds the checkpoint of step 10, not 30'): verify_checkpoint(tmp_path/'checkpoints/step_00000030')
+    assert newest_checkpoint(tmp_path)[1]['step'] == 20
 
 
 def test_a_damaged_newest_does_not_begin_a_run_anew(tmp_path, run, capsys):

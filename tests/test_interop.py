@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from jepa_nb.checkpoint import open_run, ship
-from jepa_nb.conditioning import told_whole
+from jepa_nb.checkpoint import open_run, export_checkpoint
+from jepa_nb.conditioning import inference_conditioning
 from jepa_nb.evaluate import evaluate, rank_checkpoints
 from jepa_nb.features import encode, extract, image_tokens
 from jepa_nb.formats import InteropError
 from jepa_nb.interop import convert, read_any
-from jepa_nb.layers import sincos2d, sincos_codes
-from jepa_nb.model import stretched
+from jepa_nb.layers import sincos2d, sincos_table
+from jepa_nb.model import interpolate_pos_embed
 from jepa_nb.patches import positions
 from jepa_nb.probes import knn
 from jepa_nb.recipes import ConfigError, make_config
@@ -73,7 +73,7 @@ def their_model(hf, size, cls='IJepaModel', eps=1e-6):
     s = dict(hidden=4*size['dim']) | size
     cfg = hf.IJepaConfig(hidden_size=s['dim'], num_hidden_layers=s['depth'], num_attention_heads=s['heads'], intermediate_size=s['hidden'], image_size=s['side'], patch_size=s['patch'], layer_norm_eps=eps)
     model, n = randomise(getattr(hf, cls)(cfg)), s['side']//s['patch']
-    getattr(model, 'ijepa', model).embeddings.position_embeddings.data = sincos2d(positions((n, n)), sincos_codes(s['dim']))[None]
+    getattr(model, 'ijepa', model).embeddings.position_embeddings.data = sincos2d(positions((n, n)), sincos_table(s['dim']))[None]
     return model
 
 
@@ -122,7 +122,7 @@ def test_other_resolutions(hf, side, tmp_path):
     ours, images = open_run(convert(tmp_path/'hf', tmp_path/'run'), parts=('teacher',))[0].teacher, pictures(side, 1)
     theirs, row = features(model, images, interpolate_pos_encoding=True), image_tokens(images, 16)
     with torch.no_grad():
-        assert_close(stretched(ours, 14, side//16)(row), theirs, atol=1e-5, rtol=1e-5)
+        assert_close(interpolate_pos_embed(ours, 14, side//16)(row), theirs, atol=1e-5, rtol=1e-5)
         assert ((ours(row)-theirs).abs().max() < 1e-5) == (side == 224)
 
 
@@ -175,7 +175,7 @@ def test_a_fresh_model_has_random_positions(hf, side, wide, tmp_path):
     images, others = pictures(side), pictures(wide)
     with torch.no_grad():
         assert_close(ours(image_tokens(images, 16)), features(model, images), atol=1e-5, rtol=1e-5)
-        assert_close(stretched(ours, 4, wide//16)(image_tokens(others, 16)), features(model, others, interpolate_pos_encoding=True), atol=1e-5, rtol=1e-5)
+        assert_close(interpolate_pos_embed(ours, 4, wide//16)(image_tokens(others, 16)), features(model, others, interpolate_pos_encoding=True), atol=1e-5, rtol=1e-5)
         with pytest.raises(ValueError, match='positions are a table of 4x4 patches') if wide > side else contextlib.nullcontext(): ours(image_tokens(others, 16))
     back = hf.IJepaModel.from_pretrained(convert(run, tmp_path/'back', to='hf')).eval()
     assert torch.equal(features(back, images), features(model, images))
@@ -256,7 +256,7 @@ def test_a_converted_checkpoint_is_evaluated_and_drawn(tmp_path):
     a, b, c = (evaluate(tmp_path/n, train_on, test_on, **few) for n in ('run', 'whole', 'alone'))
     assert a['acc'] == b['acc'] == c['acc'] and c['images_seen'] is None
     assert torch.equal(encode(tmp_path/'run', [pictures(96)[0]])[0], encode(tmp_path/'alone', [pictures(96)[0]])[0])
-    small = ship(tmp_path/'alone', tmp_path/'small', parts=('teacher',))
+    small = export_checkpoint(tmp_path/'alone', tmp_path/'small', parts=('teacher',))
     assert encode(small, [pictures(96)[0]])[0].isfinite().all()
     drawn = jepa_nb('figure', 'fn_features_pca', '-p', 'ln', f'[{tmp_path}/alone]', '-p', 'dyntanh', f'[{tmp_path}/whole]', '-p', 'images', 1, '-p', 'data', 'scenes', '--out', tmp_path/'pca')
     assert drawn.returncode == 0 and (tmp_path/'pca.png').is_file(), drawn.stderr
@@ -327,7 +327,7 @@ def test_probes_at_another_size(tmp_path):
     on, over = (evaluate(run, images, test, side=128, stretch=s, **few) for s in (False, True))
     assert native['knn'] == forced['knn'] and native['acc'] == forced['acc'] and (on['stretched'], over['stretched']) == (False, True)
     teacher = open_run(run, parts=('teacher',))[0].teacher
-    for r, encoder in ((on, teacher), (over, stretched(teacher, 12, 16))):
+    for r, encoder in ((on, teacher), (over, interpolate_pos_embed(teacher, 12, 16))):
         seen = [t for s in (images, test) for t in (extract(encoder, s, 128, depths=[2], norm='behind')[:, 0], torch.as_tensor(s.labels))]
         assert r['knn'] == [float(knn(*seen).mean())]
     with pytest.raises(ValueError, match='raw pixels have no positions'): evaluate('pixels', images, test, stretch=True, **few)
@@ -348,15 +348,15 @@ def test_conditioning_pools_the_positions_that_the_encoder_has(tmp_path):
     "Of a table that was stretched, stretched positions are pooled (EC §2)."
     run = our_run(SIZES[3], tmp_path/'run', dict(kind='positions'))
     plain = open_run(run, parts=('teacher',))[0].teacher
-    wide = stretched(plain, 12, 16)
+    wide = interpolate_pos_embed(plain, 12, 16)
     row = image_tokens(torch.zeros(1, 128, 128, 3, dtype=torch.uint8), 8)
     want = F.avg_pool2d(wide.table.permute(2, 0, 1)[None], 4)[0].flatten(1).T
-    assert_close(told_whole(wide, row).x[0], want)
-    assert not torch.allclose(told_whole(plain, row).x[0], want, atol=1e-2)
+    assert_close(inference_conditioning(wide, row).x[0], want)
+    assert not torch.allclose(inference_conditioning(plain, row).x[0], want, atol=1e-2)
     for bad in (0, (16, 8, 2), 1.5):
-        with pytest.raises((ValueError, TypeError)): stretched(plain, 12, bad)
-    oblong, row = stretched(plain, 12, (16, 8)), image_tokens(torch.zeros(1, 128, 64, 3, dtype=torch.uint8), 8)
-    assert_close(told_whole(oblong, row).x[0], F.avg_pool2d(oblong.table.permute(2, 0, 1)[None], 4)[0].flatten(1).T)
+        with pytest.raises((ValueError, TypeError)): interpolate_pos_embed(plain, 12, bad)
+    oblong, row = interpolate_pos_embed(plain, 12, (16, 8)), image_tokens(torch.zeros(1, 128, 64, 3, dtype=torch.uint8), 8)
+    assert_close(inference_conditioning(oblong, row).x[0], F.avg_pool2d(oblong.table.permute(2, 0, 1)[None], 4)[0].flatten(1).T)
 
 
 def test_the_student_and_rank_scores_without_positions(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from jepa_nb.images import BadImage, DataError
-from jepa_nb.loader import eval_pack, loader, pack_images, pack_iterator
+from jepa_nb.loader import pack_for_evaluation, loader, pack_images, pack_iterator
 from jepa_nb.packing import Planner, check_slots
 from jepa_nb.patches import patchify, resize, unpatchify
 from jepa_nb.recipes import ConfigError, make_config
@@ -182,10 +182,10 @@ def test_pack_images_keeps_their_numbers():
 def test_eval_pack():
     images = [resize(x, ((4+k%3)*4, (3+k%5)*4)) for k, x in enumerate(Pictures(17).pixels)]
     for slots in (None, 64, 'alone'):
-        tokens = eval_pack(images, 4, slots)
+        tokens = pack_for_evaluation(images, 4, slots)
         for k, image in enumerate(images): assert torch.equal(tokens.x[tokens.sample == k], patchify(image, 4))
         if slots == 'alone': assert len(tokens.x) == 17
-    with pytest.raises(ValueError, match='does not fit a row of 8'): eval_pack(images, 4, 8)
+    with pytest.raises(ValueError, match='does not fit a row of 8'): pack_for_evaluation(images, 4, 8)
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -304,5 +304,5 @@ def test_reference_blocks_by_the_number_of_the_group():
 def test_an_image_too_long_for_its_row_is_named():
     cfg = make_config(dict(encoder=dict(patch=4), masks=dict(kind='multiblock'), pack=dict(image=256, context=230, target=208)))
     object.__setattr__(cfg.pack, 'image', 8) # past the check at the door
-    from jepa_nb.packing import Pool, shown_at
-    with pytest.raises(ConfigError, match='does not fit a row of pack.image=8'): Pool([shown_at(0, 0, (64, 64), cfg, .5, .5)], cfg).row()
+    from jepa_nb.packing import PackingBuffer, plan_image
+    with pytest.raises(ConfigError, match='does not fit a row of pack.image=8'): PackingBuffer([plan_image(0, 0, (64, 64), cfg, .5, .5)], cfg).row()

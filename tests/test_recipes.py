@@ -15,7 +15,7 @@ from jepa_nb.model import Encoder, Predictor
 from jepa_nb.optim import beta_at, lr_at
 from jepa_nb.packing import check_slots
 from jepa_nb.recipes import load_config, setting_names
-from jepa_nb.tiers import read_tier, words_of
+from jepa_nb.tiers import read_tier, as_overrides
 from jepa_nb.train import train
 
 TIER = read_tier(ROOT/'params/paper.yaml')
@@ -24,7 +24,7 @@ ROWS = {1: 'fn_row1', 2: 'fn_row2', 3: 'fn_row3', 4: 'fn_row4', 5: 'fn_tanh', 6:
 WINDOWED = {n: r for n, r in ROWS.items() if n != 9}
 
 
-def config(run, *words): return load_config(ROOT/TIER['runs'][run]['recipe'], [*words_of(TIER.get('settings', {}) | TIER['runs'][run].get('settings', {})), *words])
+def config(run, *words): return load_config(ROOT/TIER['runs'][run]['recipe'], [*as_overrides(TIER.get('settings', {}) | TIER['runs'][run].get('settings', {})), *words])
 
 
 @pytest.mark.parametrize('n', sorted(ROWS))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jepa_nb.checkpoint import checkpoints, only_writer, open_run, read_log
+from jepa_nb.checkpoint import checkpoints, run_lock, open_run, read_log
 from jepa_nb.files import RunError, sha256
 from jepa_nb.images import DataError
 from jepa_nb.recipes import ConfigError, make_config, save_config
@@ -208,8 +208,8 @@ def test_second_writer_waits(tmp_path):
 def test_a_lock_that_was_moved_aside_counts_no_more(tmp_path):
     run, entered, leave = tmp_path/'run', threading.Event(), threading.Event()
     def second():
-        with only_writer(run, poll=.02): entered.set(); leave.wait(60)
-    with only_writer(run):
+        with run_lock(run, poll=.02): entered.set(); leave.wait(60)
+    with run_lock(run):
         t = threading.Thread(target=second); t.start(); time.sleep(.2)
         assert not entered.is_set()
         run.rename(tmp_path/'run.old-1')

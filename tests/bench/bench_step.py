@@ -13,21 +13,21 @@ import time
 import torch
 
 from jepa_nb.checkpoint import random_model
-from jepa_nb.devices import matmul_error, multiplies_bfloat16, pick_device, seeded, to_device
+from jepa_nb.devices import matmul_error, multiplies_bfloat16, pick_device, step_generator, to_device
 from jepa_nb.jepa import ema_
 from jepa_nb.loader import loader
 from jepa_nb.optim import beta_at, make_optimizer
 from jepa_nb.recipes import load_config, make_config
 from jepa_nb.streams import open_data
-from jepa_nb.train import update
+from jepa_nb.train import optimizer_step
 
 
 def step(jepa, opt, pack, cfg, k, form, amp):
     "One update, as `train` makes it."
-    with amp: o = jepa(pack, seeded(pack.context.device, cfg.run.seed, k), form)
+    with amp: o = jepa(pack, step_generator(pack.context.device, cfg.run.seed, k), form)
     n = o.aux['scored']
     (o.loss*n).backward()
-    update(opt, cfg.optim.lr, n, ~o.loss.detach().isfinite())
+    optimizer_step(opt, cfg.optim.lr, n, ~o.loss.detach().isfinite())
     ema_(jepa.teacher, jepa.encoder, beta_at(k, cfg.teacher))
 
 def measure(cfg, batches, device, dtype, rounds):
