@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LN', 'TANH', 'WHOLE', 'BEFORE', 'AFTER', 'AS_IS', 'COMPILED', 'METHODS', 'SIZE_OF', 'ACC', 'RMSE', 'NORM_PAIRS',
-           'CLAIMS', 'accuracy', 'rmse', 'between_norms', 'negate', 'at_end', 'spread_kept', 'on_objects',
+           'FN_CLAIMS', 'accuracy', 'rmse', 'between_norms', 'negate', 'at_end', 'spread_kept', 'on_objects',
            'grid_amplitude', 'depth_gain', 'sees_depth', 'fastest', 'times', 'compiled', 'timed_on', 'on_gpu', 'final',
            'drop_at_last', 'gain_of_norm', 'jump', 'mid_epoch', 'published_rows', 'published', 'speed']
 
@@ -205,7 +205,7 @@ def speed(p:dict)->float:
 
 
 # %% ../nbs/51_claims_fn.ipynb #f6ae1848
-CLAIMS = [
+FN_CLAIMS = [
     Claim(1, 'FN', 'LayerNorm equalises token energies, DynTanh keeps their order',
         'LN forces all features to have identical L2 norms, effectively equalizing their energies [...] DynTanh activation as the latter better preserves token energies', 'abstract', None,
         (Comparison('spread of energies that outlives the norm (log ratio), DynTanh − LayerNorm', lambda t: paired(spread_kept(t, TANH), spread_kept(t, LN))),

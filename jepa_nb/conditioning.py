@@ -27,8 +27,8 @@ def pool_size(
     how:ConditionConfig,
 )->Tensor:
     "How many patches of a block become one token in training (EC §2)."
-    if not how.parts: return torch.ones_like(m)
-    return ((m + (how.parts-1 if how.odd == 'ceil' else 0))//how.parts).clamp(min=1)
+    if not how.chunks_per_block: return torch.ones_like(m)
+    return ((m + (how.chunks_per_block-1 if how.remainder == 'ceil' else 0))//how.chunks_per_block).clamp(min=1)
 
 def same_group(group:Tensor)->Tensor: # [b t] -> [b t t] bool
     "Which slots of a row are of one group."
@@ -68,7 +68,7 @@ def block_pool_sizes(pack:Pack, masks:MaskConfig, how:ConditionConfig)->tuple[Te
 
 def target_groups(pack:Pack, masks:MaskConfig, how:ConditionConfig)->PoolAssignment:
     "What the context encoder is told."
-    (sample, length), ids, short = block_pool_sizes(pack, masks, how), pack.target, how.odd == 'short'
+    (sample, length), ids, short = block_pool_sizes(pack, masks, how), pack.target, how.remainder == 'short'
     if masks.kind == 'window': return PoolAssignment(ids, pool_groups(sample, length))
     if how.blocks == 'separate': return PoolAssignment(ids, pool_groups(torch.where(sample < 0, -1, sample*masks.segments + pack.segment), length, short))
     if how.blocks == 'union':
@@ -80,10 +80,10 @@ def target_groups(pack:Pack, masks:MaskConfig, how:ConditionConfig)->PoolAssignm
 def context_groups(pack:Pack, masks:MaskConfig, how:ConditionConfig)->PoolAssignment:
     "What the teacher is told."
     sample, (of, length) = gather_slots(pack.image.sample, pack.context, -1), block_pool_sizes(pack, masks, how)
-    if masks.kind == 'multiblock' and how.context_run == 'own': return PoolAssignment(pack.context, pool_groups(sample, pool_size(same_group(sample).sum(-1), how), how.odd == 'short'))
+    if masks.kind == 'multiblock' and how.context_run == 'own': return PoolAssignment(pack.context, pool_groups(sample, pool_size(same_group(sample).sum(-1), how), how.remainder == 'short'))
     if masks.kind == 'window': return PoolAssignment(pack.context, pool_groups(sample, torch.full_like(sample, masks.window**2)))
     length = ((sample[:, :, None] == of[:, None, :])*length[:, None, :]).amax(-1).clamp(min=1)
-    return PoolAssignment(pack.context, pool_groups(sample, length, how.odd == 'short'))
+    return PoolAssignment(pack.context, pool_groups(sample, length, how.remainder == 'short'))
 
 # %% ../nbs/24_conditioning.ipynb #c0d24024
 def pool_positions(
@@ -110,7 +110,7 @@ def max_conditioning_tokens(
     slots = p.context if slots is None else slots
     if m.kind == 'window': return p.target//m.window**2, slots//m.window**2
     if cfg.scale.kind != 'crop': return p.target, slots
-    side, up = cfg.scale.max_side, how.odd == 'short'
+    side, up = cfg.scale.max_side, how.remainder == 'short'
     images = max(1, p.image//side**2) if p.pool > 1 else 1
     most = lambda n, k: max(1, -(-n//k) if up else n//k)
     sizes = {h*w for h, w in target_sizes((side, side), m)}
@@ -140,8 +140,8 @@ class Conditioner(nn.Module):
         self.how, self.masks, self.most, dim = cfg.condition, cfg.masks, max_conditioning_tokens(cfg), cfg.encoder.dim
         self.needed = None if cfg.pack.static else lru_cache(lambda slots: max_conditioning_tokens(cfg, slots)[1]) # as slots follow the batch
         self.register_buffer('codes', sincos_table(dim), persistent=False)
-        self.marker = nn.Parameter(torch.zeros(dim)) if self.how.mark == 'type' else None
-        self.project = nn.Parameter(torch.eye(dim)) if self.how.mark == 'projection' else None
+        self.marker = nn.Parameter(torch.zeros(dim)) if self.how.token_embedding == 'type' else None
+        self.project = nn.Parameter(torch.eye(dim)) if self.how.token_embedding == 'projection' else None
         self.learned = nn.Parameter(torch.randn(self.how.learned, dim)*.02) if self.how.kind == 'learned' else None
 
     def targets(self, pack:Pack, g:torch.Generator|None=None)->Tokens: # [b e d]

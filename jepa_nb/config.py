@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Int', 'Real', 'Count', 'Whole', 'Positive', 'NonNeg', 'Seed', 'Fraction', 'Share', 'Beta', 'Shares', 'Range', 'Norm',
-           'STRICT', 'RELEASED', 'DataConfig', 'ScaleConfig', 'AugmentConfig', 'MaskConfig', 'PackConfig',
+           'STRICT', 'AUTHORS_CODE', 'DataConfig', 'ScaleConfig', 'AugmentConfig', 'MaskConfig', 'PackConfig',
            'EncoderConfig', 'PredictorConfig', 'ObjectiveConfig', 'ConditionConfig', 'TeacherConfig', 'OptimConfig',
            'RunConfig', 'Config']
 
@@ -88,7 +88,7 @@ class MaskConfig:
     contexts:Count=1                # context blocks of an image; it is shown once with each, with the same crop and targets
     min_keep:Whole|None=None        # a block has more patches than this; None: 10 of 196, in proportion (reference: 10)
     coupled:bool=False              # one draw decides area and aspect of a block, as it always does in reference
-    group:Whole=0                   # images in sequence that share block sizes and are cut to one length (IJ: the batch of one device); 0: none
+    mask_group:Whole=0                   # images in sequence that share block sizes and are cut to one length (IJ: the batch of one device); 0: none
 
     def __post_init__(self):
         if self.keep_min > self.keep_max:
@@ -173,11 +173,11 @@ class PredictorConfig:
 @dataclass(frozen=True, config=STRICT)
 class ObjectiveConfig:
     "What the predictor is given, and what it is held to (FN §3). With multi-block masks it is given one copy of the context per target block (IJ)."
-    repeats:Count=4          # copies of every row in the predictor; from here to slack: window masks only
+    repeats:Count=4          # copies of every row in the predictor; from here to slot_margin: window masks only
     keep_context:Share=.25   # share of context windows that a copy keeps
     keep_target:Share=.25    # share of target windows
     drop:Literal['image', 'row']='image' # row: FN's rule, which leaves some targets without context of their image
-    slack:Annotated[float, Field(ge=1, allow_inf_nan=False)]=1.5 # predictor slots over the expected number, drop='image' only
+    slot_margin:Annotated[float, Field(ge=1, allow_inf_nan=False)]=1.5 # predictor slots over the expected number, drop='image' only
     target_norm:Literal['none', 'layernorm']='none' # a second, parameter-free norm on the targets
     teacher_routing:Literal['inference', 'training']='inference' # diffmoe: how the teacher picks experts; released: training
 
@@ -185,13 +185,13 @@ class ObjectiveConfig:
 class ConditionConfig:
     "What an encoder is told about the other side, in tokens of pooled positions (EC §2)."
     kind:Literal['none', 'positions', 'shuffled', 'learned']='none' # positions: EC; controls: of other patches of the image, at random; tokens that say nothing
-    parts:Whole=2        # training: runs of m/parts patches of a block of m become one token; 0: runs of one. A window is always one token
-    odd:Literal['floor', 'ceil', 'short']='floor' # where that is no whole number: rounded, an incomplete last run left out; short: floor, and it is kept
+    chunks_per_block:Whole=2        # training: runs of m/parts patches of a block of m become one token; 0: runs of one. A window is always one token
+    remainder:Literal['floor', 'ceil', 'short']='floor' # where that is no whole number: rounded, an incomplete last run left out; short: floor, and it is kept
     blocks:Literal['separate', 'joined', 'union']='separate' # runs stay in their target block; cross blocks; cross blocks and count a patch once
     context_run:Literal['target', 'own']='target' # runs of the context's n patches: of m/parts as the targets', or of n/parts
     passes:Literal['one', 'each']='one' # each: the context is encoded once for every target block, and told of that one only
     predictor:Literal['dropped', 'kept']='dropped' # kept: the predictor is given what became of the context encoder's tokens
-    mark:Literal['none', 'type', 'projection']='none' # type: a learned vector added to the tokens; projection: a learned matrix; neither does anything at first
+    token_embedding:Literal['none', 'type', 'projection']='none' # type: a learned vector added to the tokens; projection: a learned matrix; neither does anything at first
     kernel:Count=4       # inference: so many patches down and across become one token, of the whole image
     stride:Count=4
     edge:Literal['floor', 'ceil', 'adaptive']='floor' # where that does not tile: the rest is left out; makes smaller tokens; as many tokens as nearest to grid/stride
@@ -271,7 +271,7 @@ class Config:
     teacher:TeacherConfig=field(default_factory=TeacherConfig)
     optim:OptimConfig=field(default_factory=OptimConfig)
     run:RunConfig=field(default_factory=RunConfig)
-    released:bool=False   # the authors' deviations from their paper, see RELEASED below
+    authors_code:bool=False   # the authors' deviations from their paper, see AUTHORS_CODE below
 
     def __post_init__(self):
         w, largest = self.masks.tile, self.scale.max_side
@@ -287,7 +287,7 @@ class Config:
 
     def _check_parts(self):
         c, nets = self.condition, dict(encoder=self.encoder, predictor=self.predictor)
-        for name, default in (('passes', 'one'), ('predictor', 'dropped'), ('blocks', 'separate'), ('parts', 2), ('odd', 'floor'), ('context_run', 'target')):
+        for name, default in (('passes', 'one'), ('predictor', 'dropped'), ('blocks', 'separate'), ('chunks_per_block', 2), ('remainder', 'floor'), ('context_run', 'target')):
             if getattr(c, name) != default and self.masks.kind != 'multiblock': raise ValueError(f"condition.{name}={getattr(c, name)} is for target blocks: masks.kind=multiblock")
         if c.passes == 'each' and (c.predictor == 'kept' or c.blocks != 'separate'):
             raise ValueError("condition.passes=each tells of one block at a time: condition.predictor=dropped and condition.blocks=separate go with it")
@@ -305,13 +305,13 @@ class Config:
         m, p = self.masks, self.pack
         if not p.image: raise ValueError("pack.image: multi-block masks need slots for whole images, e.g. pack.image=196 for one image of 14x14 patches a row")
         if p.target%m.targets: raise ValueError(f"pack.target {p.target} is not shared equally by {m.targets} target blocks")
-        if m.group and not (self.scale.kind == 'crop' and p.pool == 1):
-            raise ValueError(f"masks.group {m.group}: a group is cut to one length, so its images have one size and a row each; "
-                             "that is scale.kind=crop and pack.pool=1; or masks.group=0")
+        if m.mask_group and not (self.scale.kind == 'crop' and p.pool == 1):
+            raise ValueError(f"masks.mask_group {m.mask_group}: a group is cut to one length, so its images have one size and a row each; "
+                             "that is scale.kind=crop and pack.pool=1; or masks.mask_group=0")
         if p.pool == 1 and p.rows%m.contexts: raise ValueError(f"pack.rows {p.rows} would put the {m.contexts} contexts of an image (masks.contexts) into two batches; pack.rows={p.rows//m.contexts*m.contexts or m.contexts} would not")
 
 # %% ../nbs/00_config.ipynb #d7e89c4a-3
-RELEASED = dict(
+AUTHORS_CODE = dict(
     objective=dict(drop='row', teacher_routing='training'),
     encoder=dict(expert_init='released', capacity_padding=True, pixels='unit_bfloat16'),
     predictor=dict(expert_init='released', capacity_padding=True),

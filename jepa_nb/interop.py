@@ -226,7 +226,7 @@ def read_run(path:Path, to:str)->LoadedCheckpoint:
     check_counterpart(cfg.encoder, 'encoder', to, str(path))
     told = cfg.condition.kind != 'none'
     if more := [k for part in parts for k in getattr(jepa, part).state_dict() if k.startswith('conditioner.')]:
-        raise InteropError(f"{path}: condition.kind={cfg.condition.kind} with condition.mark={cfg.condition.mark} has weights of its own ({more[0]}), which have no counterpart in {to}")
+        raise InteropError(f"{path}: condition.kind={cfg.condition.kind} with condition.token_embedding={cfg.condition.token_embedding} has weights of its own ({more[0]}), which have no counterpart in {to}")
     notes = ("was trained with conditioning tokens, which others do not make: `jepa_nb eval --condition off` gives their features",) if told else ()
     s, p = sizes_of(cfg.encoder, cfg.encoder.patch, cfg.scale.max_side), None
     plain = {k:to_plain(getattr(jepa, k).state_dict(), encoder_shapes(s)) for k in parts if k != 'predictor'}

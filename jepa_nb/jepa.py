@@ -45,7 +45,7 @@ def keep_windows(
     sample:Tensor,   # [b w] image of each window, -1 padding
     keep:float,      # share kept, in (0, 1]
     drop:str,        # 'image' or 'row'
-    slack:float,     # slots over the expected number, drop='image'
+    slot_margin:float,     # slots over the expected number, drop='image'
     g:torch.Generator|None=None,
 )->tuple[Tensor,Tensor]: # [b s] ids of the kept windows, -1 padding; [] share of the wanted windows that found a slot
     "Choose windows at random, per image (at least one of each) or per row (FN §3.2.2)."
@@ -57,7 +57,7 @@ def keep_windows(
     else:
         rank, count = rank_in_image(sample, u)
         wanted = is_real & (rank < (keep*count + .5).floor().clamp(min=1))
-        slots, key = min(w, max(1, round(keep*w*slack))), rank+u
+        slots, key = min(w, max(1, round(keep*w*slot_margin))), rank+u
     key, ids = key.masked_fill(~wanted, torch.inf).topk(slots, dim=1, largest=False)
     is_kept = key < torch.inf
     room = wanted.numel() if drop == 'image' else len(sample)*slots # in FN's rule fewer slots than windows are the rule itself
@@ -76,13 +76,13 @@ def repeat_and_drop(
     context:Tensor,  # [b c] image of each context token, -1 padding
     target:Tensor,   # [b t] image of each target token
     window:int,      # patches per window side; a window's tokens are neighbours
-    repeats:int=4, keep_context:float=.25, keep_target:float=.25, drop:str='image', slack:float=1.5, # see ObjectiveConfig
+    repeats:int=4, keep_context:float=.25, keep_target:float=.25, drop:str='image', slot_margin:float=1.5, # see ObjectiveConfig
     g:torch.Generator|None=None,
 )->PredictorRows:
     "`repeats` copies of every row, each with a random share of the windows (FN §3.2.2)."
     q = window**2
     def kept(sample, keep):
-        ids, share = keep_windows(sample[:, ::q].repeat(repeats, 1), keep, drop, slack, g)
+        ids, share = keep_windows(sample[:, ::q].repeat(repeats, 1), keep, drop, slot_margin, g)
         slots = ids[..., None]*q + torch.arange(q, device=ids.device)
         return torch.where(ids[..., None] < 0, -1, slots).flatten(1), share
     (c, share_c), (t, share_t) = kept(context, keep_context), kept(target, keep_target)
@@ -161,7 +161,7 @@ def predict(
     with torch.no_grad(): truth = encode_targets(jepa, pack, form, g) if truth is None else truth
     blocks = jepa.cfg.masks.kind == 'multiblock'
     if copies is None and blocks: copies = rows_per_block(context.sample, target.sample, jepa.cfg.masks.segments)
-    elif copies is None: copies = repeat_and_drop(context.sample, target.sample, window, cfg.repeats, cfg.keep_context, cfg.keep_target, cfg.drop, cfg.slack, g)
+    elif copies is None: copies = repeat_and_drop(context.sample, target.sample, window, cfg.repeats, cfg.keep_context, cfg.keep_target, cfg.drop, cfg.slot_margin, g)
     of_copy = lambda t, ids: gather_tokens(Tokens(None, t.pos[copies.row], t.sample[copies.row]), ids)
     c, t = of_copy(context, copies.context), of_copy(target, copies.target)
     if cfg.drop == 'image' and not blocks: t = t._replace(sample=t.sample.masked_fill(~(t.sample[:, :, None] == c.sample[:, None, :]).any(-1), -1))

@@ -169,7 +169,7 @@ def draw_masks(
     context, target = context[:, :hi].flatten(1), target[:, lo:].flatten(1)
     sample = lambda t: torch.arange(m)[:, None].where(t >= 0, -1)
     g = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    return Masks(context, target, repeat_and_drop(sample(context), sample(target), w, o.repeats, o.keep_context, o.keep_target, o.drop, o.slack, g))
+    return Masks(context, target, repeat_and_drop(sample(context), sample(target), w, o.repeats, o.keep_context, o.keep_target, o.drop, o.slot_margin, g))
 
 # %% ../nbs/45_losses.ipynb #3e206c66
 @torch.inference_mode()

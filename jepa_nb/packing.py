@@ -95,10 +95,10 @@ def block_split(
     seed:int,
     cfg,                 # Config, of multi-block masks
 )->Split:
-    "Blocks of one draw; `masks.group` images in sequence share their sizes and are cut to one length (IJ)."
+    "Blocks of one draw; `masks.mask_group` images in sequence share their sizes and are cut to one length (IJ)."
     masks = cfg.masks
-    image, k, drawn = draw//masks.contexts, masks.group or 1, _group if masks.group else _single
-    together = max(1, cfg.pack.rows//(k*masks.contexts)) if masks.group else 1 # the groups of a batch: devices, which all count their batches alike
+    image, k, drawn = draw//masks.contexts, masks.mask_group or 1, _group if masks.mask_group else _single
+    together = max(1, cfg.pack.rows//(k*masks.contexts)) if masks.mask_group else 1 # the groups of a batch: devices, which all count their batches alike
     return drawn(seed, image//k, k, grid, masks, together)[image%k*masks.contexts + draw%masks.contexts]
 
 def plan_image(

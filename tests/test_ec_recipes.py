@@ -20,7 +20,7 @@ from jepa_nb.train import train
 
 ROOT = Path(__file__).parents[1]
 PAIRS = dict(ec_vitl16='ij_vitl16', ec_vith14='ij_vith14', ec_tiny_ec='ec_tiny_ijepa', ec_tiny_wide_ec='ec_tiny_wide_ijepa', ec_small_ec='ec_small_ijepa')
-REDUCED = ('data.kind=scenes', 'data.path=null', 'data.images=32', 'data.workers=0', 'pack.rows=4', 'masks.group=4', 'encoder.dim=48', 'encoder.depth=2', 'encoder.heads=4', 'predictor.dim=24',
+REDUCED = ('data.kind=scenes', 'data.path=null', 'data.images=32', 'data.workers=0', 'pack.rows=4', 'masks.mask_group=4', 'encoder.dim=48', 'encoder.depth=2', 'encoder.heads=4', 'predictor.dim=24',
            'predictor.depth=1', 'predictor.heads=2', 'run.steps=2', 'run.log_every=1', 'run.threads=1', 'run.device=cpu', 'run.dtype=float32')
 
 
@@ -78,7 +78,7 @@ def test_checkpointing_changes_nothing(tmp_path):
 @pytest.mark.parametrize('stem', ['ec_vitl16', 'fn_vits_layernorm'])
 def test_a_step_reads_nothing_back_from_the_device(stem):
     "The meta device has no values, so whoever asks for one fails; slots for tokens are fixed beforehand."
-    cfg = recipe(stem, 'condition.kind=positions', 'encoder.depth=2', 'predictor.depth=1', 'pack.rows=4', *(['masks.group=4'] if stem[:2] == 'ec' else []), 'encoder.mlp=plain', 'predictor.mlp=plain')
+    cfg = recipe(stem, 'condition.kind=positions', 'encoder.depth=2', 'predictor.depth=1', 'pack.rows=4', *(['masks.mask_group=4'] if stem[:2] == 'ec' else []), 'encoder.mlp=plain', 'predictor.mlp=plain')
     (n, c, t), ids = row_slots(cfg), lambda k: torch.zeros(2, k, dtype=torch.long, device='meta')
     pack = Pack(Tokens(torch.zeros(2, n, 3*cfg.encoder.patch**2, dtype=torch.uint8, device='meta'), torch.zeros(2, n, 2, device='meta'), ids(n)), ids(c), ids(t), ids(t))
     with torch.device('meta'): jepa = JEPA(cfg)
@@ -87,7 +87,7 @@ def test_a_step_reads_nothing_back_from_the_device(stem):
     assert [k.shape[1] for k in (jepa.encoder.conditioner.targets(pack).sample, jepa.teacher.conditioner.context(pack).sample)] == list(max_conditioning_tokens(cfg))
 
 
-@pytest.mark.parametrize('words', [(), ('condition.odd=short',), ('condition.odd=ceil',), ('condition.context_run=own',), ('condition.parts=0',), ('masks.mode=fixed', 'masks.group=0', 'pack.context=170')])
+@pytest.mark.parametrize('words', [(), ('condition.remainder=short',), ('condition.remainder=ceil',), ('condition.context_run=own',), ('condition.chunks_per_block=0',), ('masks.mode=fixed', 'masks.mask_group=0', 'pack.context=170')])
 def test_slots_for_tokens_follow_the_batch(words):
     "Off a CPU a row has slots for as many tokens as could be: never fewer than are told, and with a device's batch as I-JEPA cuts it no more than EC §2 counts."
     cfg = recipe('ec_vitl16', *words)

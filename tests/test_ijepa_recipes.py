@@ -50,7 +50,7 @@ def test_schedules_end_where_the_papers_do(stem, warmup, steps):
 
 @pytest.mark.parametrize('stem', ['fn_vits_ijepa', 'ij_vitb16', 'ij_vith14'])
 def test_two_steps(stem, tmp_path):
-    cfg = recipe(stem, 'data.kind=scenes', 'data.path=null', 'data.images=32', 'data.workers=0', 'pack.rows=4', 'masks.group=4', 'encoder.dim=48', 'encoder.depth=2', 'encoder.heads=4',
+    cfg = recipe(stem, 'data.kind=scenes', 'data.path=null', 'data.images=32', 'data.workers=0', 'pack.rows=4', 'masks.mask_group=4', 'encoder.dim=48', 'encoder.depth=2', 'encoder.heads=4',
                  'encoder.experts=4', 'predictor.dim=24', 'predictor.depth=1', 'predictor.heads=2', 'predictor.experts=4', 'run.steps=2', 'run.log_every=1', 'run.threads=1', 'run.device=cpu', 'run.dtype=float32')
     log = read_log(train(cfg, tmp_path/'run', progress=False))
     assert log['step'] == [1, 2] and all(0 < l < 10 for l in log['loss']) and log['images'] == [4, 8]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from jepa_nb.checkpoint import open_run, export_checkpoint
+from jepa_nb.checkpoint import export_checkpoint, open_run
 from jepa_nb.conditioning import inference_conditioning
 from jepa_nb.evaluate import evaluate, rank_checkpoints
 from jepa_nb.features import encode, extract, image_tokens
@@ -280,8 +280,8 @@ def test_a_conditioned_run_has_the_same_tensors(tmp_path):
     torch.save(torch.load(tmp_path/'x.pth.tar', weights_only=True) | dict(condition=dict(kind='spells')), tmp_path/'odd.pth.tar')
     with pytest.raises(InteropError, match='its entry condition cannot be read'): convert(tmp_path/'odd.pth.tar', tmp_path/'no')
     assert not torch.allclose(told[:, -1], off[:, -1], atol=1e-4)
-    our_run(SIZES[3], tmp_path/'marked', dict(kind='positions', mark='type'))
-    with pytest.raises(InteropError, match='condition.mark=type has weights of its own'): convert(tmp_path/'marked', tmp_path/'no', to='hf')
+    our_run(SIZES[3], tmp_path/'marked', dict(kind='positions', token_embedding='type'))
+    with pytest.raises(InteropError, match='condition.token_embedding=type has weights of its own'): convert(tmp_path/'marked', tmp_path/'no', to='hf')
 
 
 def test_official_file_is_tensors_and_numbers(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from jepa_nb.images import BadImage, DataError
-from jepa_nb.loader import pack_for_evaluation, loader, pack_images, pack_iterator
+from jepa_nb.loader import loader, pack_for_evaluation, pack_images, pack_iterator
 from jepa_nb.packing import Planner, check_slots
 from jepa_nb.patches import patchify, resize, unpatchify
 from jepa_nb.recipes import ConfigError, make_config
@@ -230,7 +230,7 @@ def blocks(*words): # whole images in rows, four target blocks each
 
 
 def crops(*words): # I-JEPA's rows: one square crop each, contexts of four cut to one length; every augmentation
-    return make_config(dict(encoder=dict(patch=4), scale=dict(kind='crop', max_side=8), masks=dict(kind='multiblock', group=4), augment=dict(flip=True, colour=.5, blur=True),
+    return make_config(dict(encoder=dict(patch=4), scale=dict(kind='crop', max_side=8), masks=dict(kind='multiblock', mask_group=4), augment=dict(flip=True, colour=.5, blur=True),
                             pack=dict(rows=8, image=64, context=57, target=64, pool=1, static=False)), words)
 
 

@@ -9,13 +9,13 @@ import yaml
 from conftest import ROOT
 
 from jepa_nb.checkpoint import checkpoints
-from jepa_nb.config import RELEASED, Config
+from jepa_nb.config import AUTHORS_CODE, Config
 from jepa_nb.jepa import JEPA
 from jepa_nb.model import Encoder, Predictor
 from jepa_nb.optim import beta_at, lr_at
 from jepa_nb.packing import check_slots
 from jepa_nb.recipes import load_config, setting_names
-from jepa_nb.tiers import read_tier, as_overrides
+from jepa_nb.tiers import as_overrides, read_tier
 from jepa_nb.train import train
 
 TIER = read_tier(ROOT/'params/paper.yaml')
@@ -95,10 +95,10 @@ def test_what_the_authors_shipped():
 
 
 def test_the_main_pair_runs_both_ways():
-    "`released` is what the authors' code did, in every setting that says so; the other pair is our defaults."
+    "`authors_code` is what the authors' code did, in every setting that says so; the other pair is our defaults."
     for theirs, ours in (('fn_tanh', 'ours_tanh'), ('fn_ln', 'ours_ln')):
         assert TIER['runs'][theirs]['seeds'] == TIER['runs'][ours]['seeds'] == [0, 1, 2]
-        for group, settings in RELEASED.items():
+        for group, settings in AUTHORS_CODE.items():
             for k, v in settings.items():
                 assert f'{group}.{k}' in setting_names()
                 assert getattr(getattr(config(theirs), group), k) == v
@@ -118,7 +118,7 @@ def test_two_steps_at_reduced_width(run, tmp_path):
     lines = [yaml.safe_load(line) for line in (tmp_path/run/'log.jsonl').read_text().splitlines()]
     assert [line['step'] for line in lines] == [1, 2] and all(math.isfinite(line['loss']) and line['grad_norm'] > 0 for line in lines)
     jepa = JEPA(cfg)
-    if 'released' in str(TIER['runs'][run].get('settings')): assert jepa.encoder.pixels == 'unit_bfloat16'
+    if 'authors_code' in str(TIER['runs'][run].get('settings')): assert jepa.encoder.pixels == 'unit_bfloat16'
 
 
 def test_twins_differ_like_the_rows():
@@ -126,7 +126,7 @@ def test_twins_differ_like_the_rows():
     for size in ('tiny', 'small'):
         twin = {n: load_config(ROOT/f"params/train/fn_{size}_{dict([(5, 'dyntanh'), (6, 'layernorm')]).get(n, f'row{n}')}.yaml") for n in WINDOWED}
         for n, cfg in twin.items():
-            full = config(WINDOWED[n], 'released=false')
+            full = config(WINDOWED[n], 'authors_code=false')
             assert cfg.encoder.norm_out == full.encoder.norm_out and cfg.scale.rounding == full.scale.rounding
             assert cfg.masks.window/twin[5].masks.window == full.masks.window/2
             assert cfg.optim.lr/twin[5].optim.lr == full.optim.lr/5e-4

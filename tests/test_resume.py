@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jepa_nb.checkpoint import checkpoints, run_lock, open_run, read_log
+from jepa_nb.checkpoint import checkpoints, open_run, read_log, run_lock
 from jepa_nb.files import RunError, sha256
 from jepa_nb.images import DataError
 from jepa_nb.recipes import ConfigError, make_config, save_config
@@ -55,7 +55,7 @@ def whole(tmp_path_factory):
     return train(tiny(), tmp_path_factory.mktemp('whole')/'run', progress=False)
 
 BLOCKS = ('masks.kind=multiblock', 'pack.image=128', 'pack.context=80', 'pack.target=96')
-CROPS = ('scale.kind=crop', 'masks.kind=multiblock', 'masks.group=4', 'pack.pool=1', 'pack.rows=4', 'pack.image=64', 'pack.context=56', 'pack.target=48', 'pack.static=false', 'augment.flip=true')
+CROPS = ('scale.kind=crop', 'masks.kind=multiblock', 'masks.mask_group=4', 'pack.pool=1', 'pack.rows=4', 'pack.image=64', 'pack.context=56', 'pack.target=48', 'pack.static=false', 'augment.flip=true')
 
 @pytest.mark.parametrize('words', [(), ('run.accumulate=2',), ('encoder.mlp=diffmoe', 'encoder.experts=4', 'data.replace=false'), BLOCKS, CROPS, (*CROPS, 'masks.contexts=2', 'condition.kind=positions')],
                          ids=['plain', 'accumulate', 'experts', 'blocks', 'crops', 'contexts'])
