@@ -198,6 +198,10 @@ class ResultFiles(RunFiles):
         "Trained runs: their last word or, committed, their weights."
         return [f+('/model.safetensors' if self.committed else '/done.json') for r in runs for f in self.folders(r)]
 
+    def run_file(self, wildcards, name:str)->str:
+        "A file of results in the folder of the run that the wildcards `run` and `seed` name."
+        return f'{self.work}/{wildcards.run}/seed{wildcards.seed}/eval/{name}'
+
     def probes(self, runs)->list[str]:
         "Probes of runs."
         return [f'{f}/eval/probe.json' for r in runs for f in self.folders(r)]
