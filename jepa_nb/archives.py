@@ -33,7 +33,8 @@ def safe_name(
     "A member's name without a leading `./`. DataError for a name that leads out of its folder."
     name = name.removeprefix('./')
     if name.startswith(('/', '\\')) or '..' in re.split(r'[/\\]', name) or re.match(r'[a-zA-Z]:', name):
-        raise DataError(f"{archive}: holds a file named {name[:80]!r}, which leads out of its folder; no official archive does")
+        raise DataError(f"{archive}: holds a file named {name[:80]!r}, which leads out of its folder; "
+                        "no official archive does")
     return name
 
 class Files:
@@ -98,7 +99,8 @@ def gunzip(
     "Unpack a .tar.gz to a temporary file. DataError where it is damaged or there is no space."
     total = os.path.getsize(path)
     out = tempfile.TemporaryFile(dir=scratch)
-    bar = tqdm(total=total, desc=f'unpack {path.name}', unit='B', unit_scale=True, disable=None if progress else True, delay=1)
+    bar = tqdm(total=total, desc=f'unpack {path.name}', unit='B', unit_scale=True,
+               disable=None if progress else True, delay=1)
     try:
         with open(path, 'rb') as raw, gzip.GzipFile(fileobj=raw) as f, bar:
             while chunk := f.read1(2**20):
@@ -114,7 +116,13 @@ def gunzip(
 
 class _BufferSlice:
     "A part of a buffer, addressed from its own beginning."
-    def __init__(self, buf, start, n): self.buf, self.start, self.n = buf, start, n
+    def __init__(self,
+        buf,       # bytes or mmap
+        start:int, # offset of the part
+        n:int,     # bytes
+    ):
+        self.buf, self.start, self.n = buf, start, n
+
     def __len__(self): return self.n
     def __getitem__(self, s):
         a, b, _ = s.indices(self.n)
