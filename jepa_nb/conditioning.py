@@ -166,7 +166,7 @@ class Conditioner(nn.Module):
         image = pack.image._replace(x=None)
         return self.apply_marker(pool_positions(shuffle_positions(image, g) if self.how.kind == 'shuffled' else image, told, self.codes, most))
 
-    def dress(self, t:Tokens)->Tokens:
+    def apply_marker(self, t:Tokens)->Tokens:
         "What is learned about the tokens, if anything is."
         if self.learned is not None:
             rank = (same_group(t.sample) & torch.ones(t.sample.shape[1], t.sample.shape[1], dtype=torch.bool, device=t.sample.device).tril(-1)).sum(-1)

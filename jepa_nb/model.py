@@ -95,7 +95,7 @@ class Encoder(nn.Module):
         self.checkpointing, self.conditioner = False, None # what makes its extra tokens, if anything does
         if init != 'torch': init_vit(self, scaled=init == 'vit_scaled')
 
-    def trunk(self,
+    def forward_blocks(self,
         tokens:Tokens,          # x [b n p] uint8 or in [-1, 1]
         form:str='auto',        # of attention: 'flat', 'dense'
         keep:bool=False,        # keep the output of every depth
@@ -116,7 +116,7 @@ class Encoder(nn.Module):
         if self.position != 'rope': x, _ = add_positions(x, lay.flat(tokens.pos), self)
         return self.forward_with_extra(x, lay, tokens, form, keep, extra, keep_extra)
 
-    def beside(self, x:Tensor, lay:TokenLayout, tokens:Tokens, form:str, keep:bool, extra:Tokens, keep_extra:bool)->tuple[list[Tensor],TokenLayout,Tensor|None]:
+    def forward_with_extra(self, x:Tensor, lay:TokenLayout, tokens:Tokens, form:str, keep:bool, extra:Tokens, keep_extra:bool)->tuple[list[Tensor],TokenLayout,Tensor|None]:
         "The blocks, with extra tokens in slots behind those of the patches."
         n, both = tokens.sample.shape[1], token_layout(torch.cat((tokens.sample, extra.sample), 1), form)
         x = both.flat(torch.cat((lay.rows(x), extra.x.to(x.dtype)), 1))
