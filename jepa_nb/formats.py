@@ -129,8 +129,8 @@ def sincos_error(
 LEARNED = 'positions are not the fixed sin-cos codes (off by up to {:.2g}): they were learned, and are kept as a table'
 
 # %% ../nbs/62_formats.ipynb #c1edd6d9
-NAMES = {'predictor_pos_embed':'pos_embed', 'predictor_embed':'embed', 'predictor_blocks':'blocks', 'predictor_norm':'norm', 'predictor_proj':'out', 'mask_token':'mask',
-         'patch_embed.proj':'embed', 'attn.proj':'attn.out', 'mlp.fc1':'mlp.up', 'mlp.fc2':'mlp.down'}
+NAMES = {'predictor_pos_embed':'pos_embed', 'predictor_embed':'embed', 'predictor_blocks':'blocks', 'predictor_norm':'norm', 'predictor_proj':'proj',
+         'patch_embed.proj':'embed', 'mlp.fc1':'mlp.up', 'mlp.fc2':'mlp.down'}
 
 def our_name(name:str)->str:
     "What this library calls an official tensor."
@@ -140,9 +140,9 @@ def our_name(name:str)->str:
 def to_ours(plain:dict[str,Tensor], learned:bool=False)->dict[str,Tensor]:
     "An official state dict as one of `Encoder` or `Predictor`."
     out = {our_name(k):v for k, v in plain.items() if not k.endswith('pos_embed')}
-    if learned and 'pos_embed' in plain: out['table'] = plain['pos_embed'][0].unflatten(0, (math.isqrt(plain['pos_embed'].shape[1]),)*2)
+    if learned and 'pos_embed' in plain: out['pos_embed'] = plain['pos_embed'][0].unflatten(0, (math.isqrt(plain['pos_embed'].shape[1]),)*2)
     if 'patch_embed.proj.weight' in plain: out['embed.weight'] = rearrange(plain['patch_embed.proj.weight'], 'd c p q -> d (p q c)')
-    if 'mask' in out: out['mask'] = out['mask'].flatten()
+    if 'mask_token' in out: out['mask_token'] = out['mask_token'].flatten()
     return out
 
 def to_plain(
@@ -152,7 +152,7 @@ def to_plain(
     "The way back; a bias that we do without is zero."
     out = {}
     for k, shape in shapes.items():
-        if k.endswith('pos_embed'): v = sincos2d(positions((math.isqrt(shape[1]),)*2), sincos_table(shape[2])) if 'table' not in ours else ours['table']
+        if k.endswith('pos_embed'): v = sincos2d(positions((math.isqrt(shape[1]),)*2), sincos_table(shape[2])) if 'pos_embed' not in ours else ours['pos_embed']
         elif k == 'patch_embed.proj.weight': v = rearrange(ours['embed.weight'], 'd (p q c) -> d c p q', p=shape[2], q=shape[3])
         else: v = ours.get(our_name(k))
         if v is None and k.endswith('.bias'): v = torch.zeros(shape)
