@@ -322,7 +322,7 @@ def test_a_conditioned_run_has_the_same_tensors(tmp_path):
     plain = convert(tmp_path/'x.pth.tar', tmp_path/'plain', condition='none')
     assert torch.equal(extract(plain, images, 96, norm='behind'), off)
     assert torch.equal(extract(plain, images, 96, norm='behind', condition=(4, 4)), conditioned)
-    with pytest.raises(InteropError, match='is a run, which says itself'):
+    with pytest.raises(InteropError, match='is a run, whose config states its conditioning'):
         convert(run, tmp_path/'no.pth.tar', condition='positions')
     torch.save(torch.load(tmp_path/'x.pth.tar', weights_only=True) | dict(condition=dict(kind='spells')),
                tmp_path/'odd.pth.tar')
