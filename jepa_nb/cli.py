@@ -64,7 +64,6 @@ def train_command(recipe, words, out, restart_if_changed, start):
     cfg, run = seed_folder(recipe, words, out)
     from jepa_nb.recipes import ConfigError, check_data
     from jepa_nb.checkpoint import verify_checkpoint
-    from jepa_nb.train import train
     check_data(cfg.data, f'{recipe}: ')
     if start is not None: verify_checkpoint(Path(start))
     if restart_if_changed: move_aside(run, cfg, start)
@@ -407,7 +406,6 @@ def export_checkpoint(run, out, teacher, step):
 @click.option('--condition', type=click.Choice(['none', 'positions']), help="What its encoders were told in training, where IN does not say: nothing, or positions (EC).")
 def convert_command(source, out, **kw):
     "Make a run of somebody's I-JEPA checkpoint (official file, Hugging Face, timm), or one of those of a run."
-    from jepa_nb.interop import convert
     convert_command(source, out, say=click.echo, **kw)
 
 # %% ../nbs/74_cli.ipynb #069509d5

@@ -169,9 +169,8 @@ def infer_predictor_spec(
 
 # %% ../nbs/62_formats.ipynb #c1edd6d9
 NAMES = {'predictor_pos_embed':'pos_embed', 'predictor_embed':'embed', 'predictor_blocks':'blocks',
-         'predictor_norm':'norm', 'predictor_proj':'out', 'mask_token':'mask',
-         'patch_embed.proj':'embed', 'attn.proj':'attn.out', 'mlp.fc1':'mlp.up',
-         'mlp.fc2':'mlp.down'} # official -> ours
+         'predictor_norm':'norm', 'predictor_proj':'proj', 'patch_embed.proj':'embed',
+         'mlp.fc1':'mlp.up', 'mlp.fc2':'mlp.down'} # official -> ours
 
 def our_name(name:str)->str:
     "This library's name of an official tensor."
@@ -183,10 +182,10 @@ def from_official(tensors:dict[str,Tensor], learned:bool=False)->dict[str,Tensor
     out = {our_name(k):v for k, v in tensors.items() if not k.endswith('pos_embed')}
     if learned and 'pos_embed' in tensors:
         grid = math.isqrt(tensors['pos_embed'].shape[1])
-        out['table'] = tensors['pos_embed'][0].unflatten(0, (grid, grid))
+        out['pos_embed'] = tensors['pos_embed'][0].unflatten(0, (grid, grid))
     if 'patch_embed.proj.weight' in tensors:
         out['embed.weight'] = rearrange(tensors['patch_embed.proj.weight'], 'd c p q -> d (p q c)')
-    if 'mask' in out: out['mask'] = out['mask'].flatten()
+    if 'mask_token' in out: out['mask_token'] = out['mask_token'].flatten()
     return out
 
 def to_official(
@@ -198,7 +197,7 @@ def to_official(
     for k, shape in shapes.items():
         if k.endswith('pos_embed'):
             grid = math.isqrt(shape[1])
-            v = ours['table'] if 'table' in ours else sincos2d(positions((grid, grid)), sincos_table(shape[2]))
+            v = ours['pos_embed'] if 'pos_embed' in ours else sincos2d(positions((grid, grid)), sincos_table(shape[2]))
         elif k == 'patch_embed.proj.weight':
             v = rearrange(ours['embed.weight'], 'd (p q c) -> d c p q', p=shape[2], q=shape[3])
         else: v = ours.get(our_name(k))

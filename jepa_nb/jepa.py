@@ -178,10 +178,10 @@ def encode_context(jepa:JEPA, pack:Pack, context:Tokens, form:str='auto', g:torc
     "What the encoder makes of the context; told where the targets are, if it is conditioned (EC)."
     told = jepa.encoder.conditioner
     if told is None: return context, *jepa.encoder.features(context, form)
-    if told.how.passes == 'each': # a context for every block
+    if told.cfg.passes == 'each': # a context for every block
         again = Tokens(*(t.repeat(told.masks.segments, *[1]*(t.ndim-1)) for t in context))
-        return context, *jepa.encoder.features(again, form, told.each(pack, g))
-    extra, kept = told.targets(pack, g), told.how.predictor == 'kept'
+        return context, *jepa.encoder.features(again, form, told.targets_by_block(pack, g))
+    extra, kept = told.targets(pack, g), told.cfg.predictor == 'kept'
     z, moe_loss = jepa.encoder.features(context, form, extra, kept)
     if kept: context = Tokens(None, torch.cat((context.pos, extra.pos.round()), 1), torch.cat((context.sample, extra.sample), 1)) # the predictor's codes are of whole patches
     return context, z, moe_loss

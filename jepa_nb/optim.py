@@ -65,8 +65,8 @@ def param_groups(
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if decay_all: return [dict(params=[p for _, p in named], weight_decay=weight_decay, decays=True)]
     def decays(name, p):
-        if name.rpartition('.')[2] == 'mask': return decay_mask
-        return p.squeeze().ndim > 1 and not name.rpartition('.')[2].startswith(('b1', 'b2', 'bias', 'mask', 'table'))
+        if name.rpartition('.')[2] == 'mask_token': return decay_mask
+        return p.squeeze().ndim > 1 and not name.rpartition('.')[2].startswith(('b1', 'b2', 'bias', 'mask_token', 'pos_embed'))
     return [dict(params=[p for n, p in named if decays(n, p)],     weight_decay=weight_decay, decays=True),
             dict(params=[p for n, p in named if not decays(n, p)], weight_decay=0., decays=False)]
 

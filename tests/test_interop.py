@@ -213,7 +213,8 @@ def test_a_fresh_model_has_random_positions(hf, side, wide, tmp_path):
 def test_learned_positions_are_trained(tmp_path):
     run = our_run(SIZES[3], tmp_path/'run', position='table', grid=12)
     jepa = open_run(run)[0]
-    assert jepa.encoder.table.shape == (12, 12, 32) and not torch.equal(jepa.encoder.table, jepa.teacher.table)
+    assert jepa.encoder.pos_embed.shape == (12, 12, 32) and not torch.equal(jepa.encoder.pos_embed,
+        jepa.teacher.pos_embed)
 
 
 def test_their_image_processor_says_imagenet(hf, tmp_path):
@@ -421,7 +422,7 @@ def test_conditioning_pools_the_positions_that_the_encoder_has(tmp_path):
     plain = open_run(run, parts=('teacher',))[0].teacher
     wide = interpolate_pos_embed(plain, 12, 16)
     row = image_tokens(torch.zeros(1, 128, 128, 3, dtype=torch.uint8), 8)
-    want = F.avg_pool2d(wide.table.permute(2, 0, 1)[None], 4)[0].flatten(1).T
+    want = F.avg_pool2d(wide.pos_embed.permute(2, 0, 1)[None], 4)[0].flatten(1).T
     assert_close(inference_conditioning(wide, row).x[0], want)
     assert not torch.allclose(inference_conditioning(plain, row).x[0], want, atol=1e-2)
     for bad in (0, (16, 8, 2), 1.5):
@@ -429,7 +430,7 @@ def test_conditioning_pools_the_positions_that_the_encoder_has(tmp_path):
     oblong, row = interpolate_pos_embed(plain, 12, (16, 8)), image_tokens(torch.zeros(1, 128, 64, 3, dtype=torch.uint8),
                                                                           8)
     assert_close(inference_conditioning(oblong, row).x[0],
-                 F.avg_pool2d(oblong.table.permute(2, 0, 1)[None], 4)[0].flatten(1).T)
+                 F.avg_pool2d(oblong.pos_embed.permute(2, 0, 1)[None], 4)[0].flatten(1).T)
 
 
 def test_the_student_and_rank_scores_without_positions(tmp_path):
