@@ -16,11 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from .claims import UNTESTED, Claim, Estimate, Judgement, Comparison, Tables, compare, judge
-from .claims_ec import CLAIMS
-from .claims_fn import published
+from .claims import UNTESTED, Claim, Estimate, Judgement, Comparison, Tables, compare, judge, published
 from .files import file_hash, weights_file
-from .ledger import what_decides, rule, runs_of, resolve
+from .ledger import CLAIMS, what_decides, rule, runs_of, resolve
 
 # %% ../nbs/75_report.ipynb #2da038e9
 class ReportError(RuntimeError):
@@ -130,16 +128,16 @@ def claim_standing(
 )->Standing:
     "Judge a claim at a tier; a CSV that the rule cannot read makes it untested, with the reason."
     try:
-        parts, beside = compare(claim.parts, tables), compare(claim.beside, tables)
-        j, open_question = judge(claim, tables, came=parts), what_decides(claim, tables, came=parts)
+        parts, beside = compare(claim.parts, tables), compare(claim.reported_only, tables)
+        j, open_question = judge(claim, tables, results=parts), what_decides(claim, tables, results=parts)
     except (KeyError, ValueError, TypeError, ArithmeticError, IndexError, AttributeError) as e:
         why = f'the rule cannot be applied to it ({type(e).__name__}: {e})'
         notes.add(folder/f'{claim.figure}.csv', f'claim {claim.number}: {why}')
         nothing = lambda ps: [Compared('', UNTESTED*judged, why) for p in ps for judged in [ps is claim.parts]]
         j, open_question = Judgement(UNTESTED, f'{claim.figure}.csv: {why}', [], [], ''), f'a {claim.figure}.csv that can be read.'
-        return Standing(tier, UNTESTED, j.reason, nothing(claim.parts), nothing(claim.beside), '', '', open_question, '')
+        return Standing(tier, UNTESTED, j.reason, nothing(claim.parts), nothing(claim.reported_only), '', '', open_question, '')
     told_parts = [comparison_row(p, f) for p, f in zip(claim.parts, parts)]
-    told_beside = [comparison_row(p, f, judged=False) for p, f in zip(claim.beside, beside)]
+    told_beside = [comparison_row(p, f, judged=False) for p, f in zip(claim.reported_only, beside)]
     try: runs = runs_of(folder, claim.figure)
     except (OSError, ValueError, AttributeError): runs = ''
     old = kept.get(str(claim.number))
@@ -166,7 +164,7 @@ def ledger_pages(
                                     tiers=[getattr(s, of)[k] for s in stands])
                                for k, (p, side) in enumerate(zip(ps, [x for _, x in rule(c).compared] if of == 'parts' else ['']*len(ps)))]
         out.append(dict(number=c.number, paper=c.paper, claim=c.claim, quote=c.quote, section=c.section, figure=c.figure, rule=rule(c),
-                        tiers=stands, parts=rows(c.parts, 'parts'), beside=rows(c.beside, 'beside'), against=resolve(c.against, P)))
+                        tiers=stands, parts=rows(c.parts, 'parts'), beside=rows(c.reported_only, 'beside'), against=resolve(c.caveat, P)))
     return out
 
 # %% ../nbs/75_report.ipynb #12272070
