@@ -32,7 +32,7 @@ from .depth_head import DPT, METRICS, ThreeConvs, depth_errors, depth_loss, laye
 from .eval_config import DepthConfig
 from .features import extract, image_tokens, open_encoder, center_square, warn_skipped
 from .files import RunError, repo_path, file_hash, short_path, weights_file, write_atomic
-from .images import BadImage, DataError, read_image
+from .images import BadImage, DataError, to_rgb
 from .patches import centre_crop
 from .recipes import load_config, make_depth
 from .stats import bootstrap
@@ -391,7 +391,7 @@ def depth_maps(
     "How far away things are, in metres: not told anything about the image but its pixels."
     encoder, head = open_encoder(open_run(run, parts=('teacher',))[0]), head_of(read_depth(run, name))
     def one(image):
-        row = image_tokens(center_square(read_image(image), head.side)[None], encoder.patch)
+        row = image_tokens(center_square(to_rgb(image), head.side)[None], encoder.patch)
         h = encoder.hidden(row, head.layers, extra=inference_conditioning(encoder, row))
         return head(torch.stack([rearrange(a, '1 (y x) d -> 1 d y x', y=head.side//encoder.patch) for a in h], 1).float())
     return torch.cat([head.metres(one(image)) for image in images])
