@@ -17,7 +17,8 @@ def execute(
 )->nbformat.NotebookNode: # the notebook with its outputs
     "Execute a notebook in its own folder; raises CellExecutionError where a cell fails."
     nb = nbformat.read(path, 4)
-    NotebookClient(nb, timeout=timeout, kernel_name='python3', record_timing=False, resources=dict(metadata=dict(path=str(Path(path).parent)))).execute()
+    NotebookClient(nb, timeout=timeout, kernel_name='python3', record_timing=False,
+                   resources=dict(metadata=dict(path=str(Path(path).parent)))).execute()
     return nb
 
 def main(stems):
