@@ -1,5 +1,6 @@
 """What `make reproduce` and `make dry` print: a plan, one line, the end of a failed job's log, and what is missing.
 The jobs are stubs."""
+import json
 import os
 import pty
 import re
@@ -81,7 +82,8 @@ def test_a_failing_job(tmp_path):
     folder = clone(tmp_path/'tree')
     r = make(folder, '-s', 'reproduce', STUB_FAILS='train params/train/fn_tiny_layernorm.yaml')
     assert r.returncode == 2
-    assert 'failed: train fn_ln seed 0; its log: runs/tiny/logs/train-fn_ln-seed0.txt\n  | line 10\n' in r.stdout, r.stdout
+    log = 'runs/tiny/logs/train-fn_ln-seed0.txt'
+    assert f'failed: train fn_ln seed 0; its log: {log}\n  | line 10\n' in r.stdout, r.stdout
     assert '  | line 19\n' in r.stdout and 'line 9\n' not in r.stdout, r.stdout
     assert r.stdout.count('line 19') == 1
     assert (folder/'runs/tiny/fn_tanh/seed1/eval/probe.json').exists() and (folder/'figures/tiny/b.png').exists()
@@ -93,7 +95,8 @@ def test_a_failing_job(tmp_path):
 
 def test_a_graph_that_cannot_be_planned(tmp_path):
     folder = clone(tmp_path/'tree', SMALL)
-    (folder/'workflow/Snakefile').write_text((folder/'workflow/Snakefile').read_text()+'\nraise WorkflowError("not today")\n')
+    snakefile = folder/'workflow/Snakefile'
+    snakefile.write_text(snakefile.read_text()+'\nraise WorkflowError("not today")\n')
     for verb in ('dry', 'reproduce'):
         r = make(folder, '-s', verb)
         assert r.returncode and 'the graph cannot be planned' in r.stderr and 'not today' in r.stderr, r.stdout+r.stderr
@@ -133,11 +136,9 @@ def test_another_seed(tmp_path):
     assert r.returncode == 0, r.stdout+r.stderr
     assert 'every seed is 7 more' in r.stdout and 'figures/tiny is drawn anew' in ' '.join(r.stdout.split())
     runs = folder/'runs/tiny'
-    assert {f'{p.parent.name}/{p.name}' for p in runs.glob('fn_*/seed*')} == {f'{r}/seed{k}'
-                                                                              for r, ks in dict(fn_ln=(0, 7),
-                                                                                                fn_tanh=(0, 1, 7,
-                                                                                                         8)).items()
-                                                                              for k in ks}
+    seeds = dict(fn_ln=(0, 7), fn_tanh=(0, 1, 7, 8))
+    wanted = {f'{r}/seed{k}' for r, ks in seeds.items() for k in ks}
+    assert {f'{p.parent.name}/{p.name}' for p in runs.glob('fn_*/seed*')} == wanted
     assert (runs/'data/scenes-seed7/train-000001.tar').read_text().count('--seed 7') == 1
     assert all(p.read_bytes() == v for p, v in before.items())
     assert 'scenes-seed7' in (runs/'fn_ln/seed7/eval/probe.json').read_text()
@@ -210,8 +211,10 @@ def test_the_next_command(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert next_command('smoke', 'data') == 'make reproduce' and next_command('paper', 'data') is None
     assert next_command('tiny', 'data') is None
-    assert next_command('quick', 'no where') == ".venv/bin/jepa_nb data cifar10 'no where'/cifar10 && make reproduce TIER=small DATA='no where'"
-    assert next_command('small', 'nowhere').startswith('make reproduce TIER=medium DATA=nowhere; it needs nowhere/tiny-imagenet-100/')
+    assert next_command('quick', 'no where') == (".venv/bin/jepa_nb data cifar10 'no where'/cifar10 && "
+                                                 "make reproduce TIER=small DATA='no where'")
+    wanted = 'make reproduce TIER=medium DATA=nowhere; it needs nowhere/tiny-imagenet-100/'
+    assert next_command('small', 'nowhere').startswith(wanted)
 
 
 def test_time_left_follows_the_pace():
@@ -220,7 +223,8 @@ def test_time_left_follows_the_pace():
     jobs = [Job('train', 'train', f'train {k}', 600, 1, '', '') for k in range(4)]
     p = Progress(jobs, 1, dict(train=600), out=open(os.devnull, 'w'), clock=lambda: now[0])
     assert p.seconds_left() == 2400 == wall_seconds(jobs, 1)
-    p.read('{"event": "job_info", "jobid": 1, "rule_name": "train", "rule_msg": "train 0", "benchmark": "x/train/y.tsv"}')
+    job = dict(event='job_info', jobid=1, rule_name='train', rule_msg='train 0', benchmark='x/train/y.tsv')
+    p.read(json.dumps(job))
     now[0] = 1200.
     p.read('{"event": "job_finished", "job_id": 1}')
     assert p.seconds_left() == pytest.approx(1800*1260/660)
