@@ -30,7 +30,8 @@ from .conditioning import inference_conditioning
 from .config import Config
 from .depth_head import DPT, METRICS, ThreeConvs, depth_errors, depth_loss, layers_of, scale_factors
 from .eval_config import DepthConfig
-from .features import extract, image_tokens, open_encoder, center_square, warn_skipped
+from .features import image_tokens
+from .frozen import center_square, extract, open_encoder, warn_skipped
 from .files import RunError, repo_path, file_hash, short_path, weights_file, write_atomic
 from .images import BadImage, DataError, to_rgb
 from .patches import centre_crop

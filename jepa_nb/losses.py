@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from .config import Config
 from .devices import to_device
-from .features import image_tokens, square_batches, warn_skipped
+from .features import image_tokens
+from .frozen import square_batches, warn_skipped
 from .images import BadImage, DataError
 from .jepa import JEPA, PredictorRows, repeat_and_drop, encode_targets
 from .loader import pack_iterator

@@ -18,7 +18,8 @@ from matplotlib.colors import hsv_to_rgb
 
 from .conditioning import inference_conditioning
 from .config import Config
-from .features import image_tokens, open_encoder, center_square, square_batches
+from .features import image_tokens
+from .frozen import center_square, open_encoder, square_batches
 from .jepa import JEPA
 from .losses import LossMap, sample_indices, accumulate_losses
 from .norms import energy

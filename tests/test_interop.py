@@ -22,7 +22,8 @@ from torch.testing import assert_close
 from jepa_nb.checkpoint import export_checkpoint, open_run
 from jepa_nb.conditioning import inference_conditioning
 from jepa_nb.evaluate import evaluate, rank_checkpoints
-from jepa_nb.features import encode, extract, image_tokens
+from jepa_nb.features import image_tokens
+from jepa_nb.frozen import encode, extract
 from jepa_nb.formats import InteropError
 from jepa_nb.interop import convert, read_any
 from jepa_nb.layers import sincos2d, sincos_table
