@@ -184,7 +184,8 @@ def check_blocks(
     left = min(contexts) - (0 if masks.mode == 'reference' else max(targets))
     if left <= min_keep:
         raise ConfigError(f"{here}: a context may be left with {max(left, 0)} patches and must have more than "
-                          f"{min_keep}; smaller masks.target_scale, larger masks.context_scale or a larger grid would do")
+                          f"{min_keep}; smaller masks.target_scale, larger masks.context_scale or a larger grid "
+                          "would do")
     return max(contexts) - min(targets), max(targets)
 
 # %% ../nbs/16_masks.ipynb #f768996b
