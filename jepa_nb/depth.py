@@ -27,14 +27,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoint import images_seen, open_run, random_model, find_checkpoint
-from .conditioning import inference_conditioning
 from .config import Config
 from .depth_head import DPT, METRICS, ThreeConvs, depth_errors, depth_loss, head_layers, scale_factors
 from .eval_config import DepthConfig
-from .features import image_tokens
+from .features import features
 from .frozen import center_square, extract, open_encoder, warn_skipped
-from .files import RunError, repo_path, file_hash, short_path, weights_file, write_atomic
-from .images import BadImage, DataError, read_image
+from .files import RunError, repo_path, sha256, short_path, weights_file, write_atomic
+from .images import BadImage, DataError, to_rgb
 from .patches import centre_crop
 from .recipes import load_config, make_depth
 from .stats import bootstrap
@@ -278,7 +277,7 @@ def open_head(
     path = repo_path(path)
     if not path.is_file(): raise RunError(f"{short_path(path)}: no depth head; `jepa_nb depth RUN` trains one")
     data = path.read_bytes()
-    if sha256 not in (None, file_hash(path)):
+    if sha256 not in (None, sha256(path)):
         raise RunError(f"{short_path(path)}: damaged, its checksum differs from the one in the JSON beside it; "
                        "remove both and evaluate again")
     try:
@@ -371,7 +370,7 @@ def write_depth(
     np.savez_compressed(arrays, **errors)
     write_atomic(out.with_suffix('.safetensors'), head_bytes(head))
     write_atomic(out.with_suffix('.npz'), arrays.getvalue())
-    result = result | dict(head_sha256=file_hash(out.with_suffix('.safetensors')))
+    result = result | dict(head_sha256=sha256(out.with_suffix('.safetensors')))
     write_atomic(out, json.dumps(result, indent=1)+'\n')
 
 def evaluate_depth(
@@ -410,7 +409,7 @@ def evaluate_depth(
         parameters=sum(p.numel() for p in head.parameters()), loss=float(np.mean(losses[-50:])), settings=asdict(cfg),
         images_seen=0 if is_random else images_seen(found),
         checkpoint=short_path(run) if isinstance(run, (str, Path)) else None,
-        checkpoint_sha256=None if is_random else file_hash(weights_file(found)), seconds=round(time.time()-start, 1))
+        checkpoint_sha256=None if is_random else sha256(weights_file(found)), seconds=round(time.time()-start, 1))
     if out is not None: write_depth(Path(out), result, errors, head)
     return result
 
@@ -484,8 +483,7 @@ def predict_depth(
     "Predict the depth of images in metres, from nothing but their pixels."
     encoder, head = open_encoder(open_run(run, parts=('teacher',))[0]), result_head(read_depth(run, name))
     def predict(image):
-        row = image_tokens(center_square(read_image(image), head.side)[None], encoder.patch)
-        h = encoder.hidden(row, head.layers, extra=inference_conditioning(encoder, row))
-        maps = [rearrange(a, '1 (y x) d -> 1 d y x', y=head.side//encoder.patch) for a in h]
-        return head(torch.stack(maps, 1).float())
+        square = center_square(to_rgb(image), head.side)[None]
+        tokens = features(encoder, square, head.layers, pool='none')
+        return head(rearrange(tokens, '1 D (y x) d -> 1 D d y x', y=head.side//encoder.patch))
     return torch.cat([head.metres(predict(image)) for image in images])

@@ -23,8 +23,8 @@ from jepa_nb.checkpoint import export_checkpoint, open_run
 from jepa_nb.conditioning import inference_conditioning
 from jepa_nb.evaluate import evaluate, rank_checkpoints
 from jepa_nb.features import image_tokens
-from jepa_nb.frozen import encode, extract
 from jepa_nb.formats import InteropError
+from jepa_nb.frozen import encode, extract
 from jepa_nb.interop import convert, read_any
 from jepa_nb.layers import sincos2d, sincos_table
 from jepa_nb.model import interpolate_pos_embed
@@ -316,14 +316,14 @@ def test_a_conditioned_run_has_the_same_tensors(tmp_path):
     convert(run, tmp_path/'x.pth.tar', say=lines.append)
     assert any('conditioning tokens' in line for line in lines)
     back = convert(tmp_path/'x.pth.tar', tmp_path/'back')
-    conditioned, off = extract(run, images, 96, norm='behind'), extract(run, images, 96, norm='behind', condition='off')
-    assert torch.equal(extract(back, images, 96, norm='behind'), conditioned)
-    assert torch.equal(extract(back, images, 96, norm='behind', condition='off'), off)
+    conditioned, off = extract(run, images, 96, norm='after'), extract(run, images, 96, norm='after', condition='off')
+    assert torch.equal(extract(back, images, 96, norm='after'), conditioned)
+    assert torch.equal(extract(back, images, 96, norm='after', condition='off'), off)
     assert torch.equal(extract(convert(convert(run, tmp_path/'hf', to='hf'), tmp_path/'back_hf'), images, 96,
-                               norm='behind'), conditioned)
+                               norm='after'), conditioned)
     plain = convert(tmp_path/'x.pth.tar', tmp_path/'plain', condition='none')
-    assert torch.equal(extract(plain, images, 96, norm='behind'), off)
-    assert torch.equal(extract(plain, images, 96, norm='behind', condition=(4, 4)), conditioned)
+    assert torch.equal(extract(plain, images, 96, norm='after'), off)
+    assert torch.equal(extract(plain, images, 96, norm='after', condition=(4, 4)), conditioned)
     with pytest.raises(InteropError, match='is a run, whose config states its conditioning'):
         convert(run, tmp_path/'no.pth.tar', condition='positions')
     torch.save(torch.load(tmp_path/'x.pth.tar', weights_only=True) | dict(condition=dict(kind='spells')),
@@ -394,7 +394,7 @@ def test_probes_at_another_size(tmp_path):
     assert (on['stretched'], over['stretched']) == (False, True)
     teacher = open_run(run, parts=('teacher',))[0].teacher
     for r, encoder in ((on, teacher), (over, interpolate_pos_embed(teacher, 12, 16))):
-        seen = [t for s in (images, test) for t in (extract(encoder, s, 128, depths=[2], norm='behind')[:, 0],
+        seen = [t for s in (images, test) for t in (extract(encoder, s, 128, depths=[2], norm='after')[:, 0],
                                                     torch.as_tensor(s.labels))]
         assert r['knn'] == [float(knn(*seen).mean())]
     with pytest.raises(ValueError, match='raw pixels have no positions'):
