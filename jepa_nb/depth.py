@@ -271,13 +271,13 @@ def head_bytes(head:Head)->bytes:
 
 def open_head(
     path:str|Path,        # of the safetensors file
-    sha256:str|None=None, # checksum that it must have; None: any
+    checksum:str|None=None, # checksum that it must have; None: any
 )->Head:
     "Load a head from its file; raises RunError where it is missing, damaged, or another checksum is found."
     path = repo_path(path)
     if not path.is_file(): raise RunError(f"{short_path(path)}: no depth head; `jepa_nb depth RUN` trains one")
     data = path.read_bytes()
-    if sha256 not in (None, sha256(path)):
+    if checksum not in (None, sha256(path)):
         raise RunError(f"{short_path(path)}: damaged, its checksum differs from the one in the JSON beside it; "
                        "remove both and evaluate again")
     try:

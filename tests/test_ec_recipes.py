@@ -10,6 +10,7 @@ import yaml
 from jepa_nb.checkpoint import open_run, read_log
 from jepa_nb.conditioning import context_groups, max_conditioning_tokens
 from jepa_nb.config import ConditionConfig
+from jepa_nb.eval_config import EvalConfig
 from jepa_nb.evaluate import evaluate
 from jepa_nb.jepa import JEPA
 from jepa_nb.packing import Pack, block_split, check_slots, row_slots
@@ -56,7 +57,8 @@ def test_a_told_run_is_resumed_and_evaluated(kind, tmp_path):
     strip = lambda log: {k:v for k, v in log.items() if 'second' not in k}
     assert strip(read_log(tmp_path/'whole')) == strip(read_log(tmp_path/'parts'))
     train_half, test_half = (open_source('scenes', images=n, side=64, split=s) for n, s in ((60, 'train'), (30, 'test')))
-    found = {c: evaluate(tmp_path/'whole', train_half, test_half, layers='last', condition=c, progress=False)['condition'] for c in (None, 'off', (2, 2))}
+    asked = {c: EvalConfig(layers='last', condition=c) for c in (None, 'off', (2, 2))}
+    found = {c: evaluate(tmp_path/'whole', train_half, test_half, cfg, progress=False)['condition'] for c, cfg in asked.items()}
     assert found == {None: [4, 4], 'off': 'off', (2, 2): [2, 2]}
 
 

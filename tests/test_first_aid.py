@@ -404,8 +404,8 @@ ODD = ["my recipes/a.yaml", "params/train/$(touch CANARY).yaml", "params/train/`
 def test_a_recipes_name_is_never_run(tmp_path):
     "Every word of a job reaches the command as it stands in the tier; the commands are stubs that keep their words."
     odd = "a b$(touch CANARY)`touch CANARY`'\"{x};&"
-    runs = {f'r{k}': dict(recipe=name, seeds=[0], settings={'data.path': odd}, eval=dict(test=odd)) for k, name in enumerate(ODD)}
-    folder = clone(tmp_path/'tree', TIER | dict(runs=runs, eval=dict(train=odd), depth=dict(main=dict(test=odd), runs=list(runs)),
+    runs = {f'r{k}': dict(recipe=name, seeds=[0], settings={'data.path': odd}, eval=dict(side=8*(k+1))) for k, name in enumerate(ODD)}
+    folder = clone(tmp_path/'tree', TIER | dict(runs=runs, ood=dict(runs=list(runs), other=dict(data=odd)), depth=dict(main=dict(train=odd, test=odd), runs=list(runs)),
                                                 figures=dict(b=dict(params=dict(images=3)))))
     for name in ODD:
         (folder/name).parent.mkdir(exist_ok=True)
@@ -424,8 +424,9 @@ def test_a_recipes_name_is_never_run(tmp_path):
     for k, name in enumerate(ODD):
         trained, = (w for w in words if w[0] == 'train' and f'runs/tiny/r{k}/seed0' in w)
         assert trained[1] == name and any(w.startswith('data.path=') and yaml.safe_load(w[10:]) == odd for w in trained)
-        tested, = (w for w in words if w[0] == 'eval' and f'runs/tiny/r{k}/seed0' in w)
-        assert tested[tested.index('--test')+1] == tested[tested.index('--train')+1] == odd
+        asked = [w for w in words if w[0] == 'eval' and w[1] == f'runs/tiny/r{k}/seed0']
+        sets, = (yaml.safe_load(w[w.index('--sets')+1]) for w in asked if '--sets' in w)
+        assert len(asked) == 2 and sets['other']['data'] == odd
         assert any(w[0] == 'eval' and w[1] == name for w in words)
     assert any(w[0] == 'depth' and w[w.index('--test')+1] == odd for w in words)
 
@@ -446,7 +447,7 @@ def test_names_that_could_not_be_files(tmp_path, change, says):
 
 def test_the_shell_gets_no_text_of_a_tier_unquoted():
     "Text that somebody chooses goes into a command only through `:q`, or as words that were joined with quotes."
-    joined = {'params.y', 'params.words', 'params.start', 'params.only', 'params.checkpoint', 'CLI', 'WORK', 'FIGS', 'wildcards.run', 'wildcards.seed', 'wildcards.stem', 'condition', 'set'}
+    joined = {'params.y', 'params.words', 'params.what', 'params.run', 'params.to', 'params.name', 'params.start', 'params.only', 'CLI', 'WORK', 'FIGS'}
     for line in (ROOT/'workflow/Snakefile').read_text().splitlines():
         if not line.strip().startswith('shell:'): continue
         for field in re.findall(r'\{+([^{}]+)\}+', line): assert field in joined or field.endswith(':q'), (field, line)
@@ -466,9 +467,9 @@ def test_half_of_other_images_is_refused(run, tmp_path, capsys):
     p = photos(tmp_path/'p', 40)
     for v in ('eval', 'depth', 'ranks'):
         said = refusal(capsys, v, run, '--train', p)
-        assert f'--train {p}' in said and '--test DATA' in said and ('--hold-out' in said) == (v == 'eval')
+        assert f'--train {p}' in said and '--test DATA' in said and ('eval.hold_out' in said) == (v == 'eval')
         assert '--train DATA' in refusal(capsys, v, run, '--test', p)
-    assert 'one of the two' in refusal(capsys, 'eval', run, '--train', p, '--test', p, '--hold-out', '.5')
+    assert 'one of the two' in refusal(capsys, 'eval', run, '--train', p, '--test', p, 'eval.hold_out=.5')
     assert '--test DATA' in refusal(capsys, 'eval', 'pixels', '--train', p)
     (tmp_path/'sets.yaml').write_text('ood: {here: {layers: last}}')
     assert '--test DATA' in refusal(capsys, 'eval', run, '--sets', tmp_path/'sets.yaml', '--train', p)
@@ -478,23 +479,23 @@ def test_half_of_other_images_is_refused(run, tmp_path, capsys):
 def test_a_result_of_other_images_or_settings_displaces_none(shown, tmp_path, capsys):
     copy, p = tmp_path/'run', photos(tmp_path/'p', 40)
     shutil.copytree(shown, copy)
-    few = ('--train-images', 30, '--test-images', 10, '--layers', 'last')
+    few = ('eval.train_images=30', 'eval.test_images=10', 'eval.layers=last')
     own = ('eval', copy, *few)
     code, out, err = verb(capsys, *own)
     assert code == 0 and 'eval/probe.json' in out, err
     first = contents(copy/'eval')
     assert set(first) == {'probe.json', 'probe.npz'}
-    code, out, err = verb(capsys, 'eval', copy, '--train', p, '--hold-out', '.4', '--layers', 'last')
+    code, out, err = verb(capsys, 'eval', copy, '--train', p, 'eval.hold_out=.4', 'eval.layers=last')
     assert code == 0 and 'eval/probe_on_p.json' in out and first.items() <= contents(copy/'eval').items()
-    for words, said in ((('--side', 16), 'side=32, not 16'), (('--train-images', 25), 'n_train=30, not 25'), (('--name', 'x'), 'run=run, not x'), (('--part', 'encoder'), 'features=teacher, not student')):
+    for words, said in ((('eval.side=16',), 'side=32, not 16'), (('eval.train_images=25',), 'n_train=30, not 25'), (('--name', 'x'), 'run=run, not x'), (('eval.part=encoder',), 'features=teacher, not student')):
         code, out, err = verb(capsys, *own, *words)
         written = re.search(r'eval/(probe_\d\.json)', out)[1]
         assert code == 0 and 'stays' in err and said in err and written in err and first.items() <= contents(copy/'eval').items(), err
     names = set(contents(copy/'eval'))
     code, out, err = verb(capsys, *own) # the same question again: the same file
     assert code == 0 and 'stays' not in err and set(contents(copy/'eval')) == names
-    assert verb(capsys, *own, '--side', 16)[0] == 0 and set(contents(copy/'eval')) == names
-    code, out, err = verb(capsys, *own, '--side', 16, '--out', copy/'eval/probe.json') # asked for by name
+    assert verb(capsys, *own, 'eval.side=16')[0] == 0 and set(contents(copy/'eval')) == names
+    code, out, err = verb(capsys, *own, 'eval.side=16', '--out', copy/'eval/probe.json') # asked for by name
     assert code == 0 and json.loads((copy/'eval/probe.json').read_text())['side'] == 16
     assert not list(copy.glob('.tmp*'))
 
@@ -503,12 +504,12 @@ def test_scores_and_depth_heads_keep_to_their_own_files(shown, tmp_path, capsys)
     copy, other = tmp_path/'run', tmp_path/'other'
     for name, n in (('train', 24), ('test', 8)): shards_from_scenes(other, n, side=32, seed=1, name=name, progress=False)
     shutil.copytree(shown, copy)
-    ranks = ('ranks', copy, '--rank-images', 8, '--lidar-images', 4, '--lidar-views', 6, '--train-images', 30, '--test-images', 10)
+    ranks = ('ranks', copy, 'ranks.rank_images=8', 'ranks.lidar_images=4', 'ranks.lidar_views=6', 'eval.train_images=30', 'eval.test_images=10')
     assert verb(capsys, *ranks)[0] == 0
     first = contents(copy/'eval')
-    code, out, err = verb(capsys, *ranks, '--lidar-views', 7)
+    code, out, err = verb(capsys, *ranks, 'ranks.lidar_views=7')
     assert code == 0 and 'lidar_views=6, not 7' in err and 'eval/ranks_2/ranks.json' in out and first.items() <= contents(copy/'eval').items(), err
-    depth = ('depth', copy, 'depth.steps=1', 'depth.head=conv', '--train-images', 20, '--test-images', 4)
+    depth = ('depth', copy, 'depth.steps=1', 'depth.head=conv', 'depth.train_images=20', 'depth.test_images=4')
     assert verb(capsys, *depth)[0] == 0
     first = contents(copy/'eval')
     code, out, err = verb(capsys, *depth, 'depth.steps=2')
@@ -541,7 +542,7 @@ def test_committed_configs_open_and_so_do_those_of_runs_that_were_begun_so(tmp_p
     found = sorted((ROOT/'figures').glob('*/checkpoints/*/*/config.yaml'))
     assert len(found) > 20
     for f in found: assert load_config(f).data.kind == 'shards' and load_config(f).data.path
-    for f in sorted((ROOT/'params/train').glob('*.yaml')): jepa_nb.config.check_data(load_config(f).data)
+    for f in sorted((ROOT/'params/train').glob('*.yaml')): jepa_nb.recipes.check_data(load_config(f).data)
     copy = tmp_path/'run'
     shutil.copytree(run/'checkpoints/step_00000004', copy)
     save_config(make_config(TINY, ('data.path=photos',)), copy/'config.yaml')
