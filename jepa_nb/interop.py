@@ -471,7 +471,7 @@ def convert(
     source, out = Path(source), Path(out)
     kind = recognise_format(source)
     to = to or infer_format(out, kind)
-    if kind == to == 'run': raise InteropError(f"{source}: is a run already; `jepa_nb ship` writes its small form")
+    if kind == to == 'run': raise InteropError(f"{source}: is a run already; `jepa_nb export` writes its small form")
     if out.exists(): raise InteropError(f"{out}: is there already; another name, or remove it first")
     ckpt = read_any(source, heads, to)
     if condition and kind == 'run':

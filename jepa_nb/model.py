@@ -66,7 +66,7 @@ def add_positions(
     pos, (rows, columns) = pos.long(), model.pos_embed.shape[:2]
     if pos.device.type == 'cpu' and len(pos) and (pos.amax(0) >= torch.tensor([rows, columns])).any():
         raise ValueError(f"position embeddings are for {rows}x{columns} patches; "
-                         f"a larger image needs `interpolate_pos_embed` (`jepa_nb eval --stretch`)")
+                         f"a larger image needs `interpolate_pos_embed` (`eval.stretch=true`)")
     return x + F.embedding(pos[..., 0]*columns + pos[..., 1], model.pos_embed.flatten(0, 1)), None
 
 class Encoder(nn.Module):

@@ -24,8 +24,10 @@ from conftest import ROOT
 from PIL import Image
 from test_graph import TIER, clone, environment
 
+import jepa_nb.checkpoint
+import jepa_nb.files
+import jepa_nb.recipes
 import jepa_nb.streams
-import jepa_nb.train
 from jepa_nb.checkpoint import checkpoints, is_whole, newest_checkpoint, open_run, save_checkpoint, verify_checkpoint
 from jepa_nb.cli import main
 from jepa_nb.files import RunError, weights_file
@@ -268,7 +270,7 @@ def test_a_damaged_newest_does_not_begin_a_run_anew(tmp_path, run, capsys):
 
 def test_an_unchanged_checkpoint_is_not_read_again(tmp_path, monkeypatch):
     for step in (10, 20): save(tmp_path, step)
-    monkeypatch.setattr(jepa_nb.train, 'verify', None)
+    monkeypatch.setattr(jepa_nb.checkpoint, 'verify_checkpoint', None)
     assert all(map(is_whole, checkpoints(tmp_path)))
 
 
@@ -547,6 +549,6 @@ def test_committed_configs_open_and_so_do_those_of_runs_that_were_begun_so(tmp_p
     shutil.copytree(run/'checkpoints/step_00000004', copy)
     save_config(make_config(TINY, ('data.path=photos',)), copy/'config.yaml')
     state = json.loads((copy/'state.json').read_text())
-    state['sha256']['config.yaml'] = jepa_nb.train.sha256(copy/'config.yaml')
-    (copy/'state.json').write_text(json.dumps(state | dict(check=jepa_nb.train._check(state))))
+    state['sha256']['config.yaml'] = jepa_nb.files.sha256(copy/'config.yaml')
+    (copy/'state.json').write_text(json.dumps(state | dict(check=jepa_nb.checkpoint.state_checksum(state))))
     assert open_run(copy)[1].data.path == 'photos'
