@@ -48,7 +48,7 @@ def read_metadata(
     "An entry of the metadata of every image. Raises DataError where it is no number, negative, or no whole count."
     out = np.full(len(source), np.nan)
     for i in tqdm(range(len(source)), desc=f'{name} of {source.name}', disable=None, leave=False, delay=1):
-        v = source.facts(i).get(name)
+        v = source.metadata(i).get(name)
         if v is None: continue
         if type(v) not in (int, float) or not np.isfinite(v) or v < 0 or (name == 'count' and v != int(v)):
             raise DataError(f"{source.name}: {source.keys[i]} has a {name} of {str(v)[:40]!r}")

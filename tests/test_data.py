@@ -236,7 +236,7 @@ def test_workers(tmp_path, kind, cache):
     want = [int(alone.image(i).sum(dtype=torch.int64)) for i in range(24)]
     loader = DataLoader(Images(s), batch_size=4, num_workers=2, multiprocessing_context='fork')
     for _ in range(2): assert torch.cat([b[1] for b in loader]).tolist() == want
-    if cache: assert s.memory.done.all()  # filled by the workers, seen by their parent
+    if cache: assert s.decoded.done.all()  # filled by the workers, seen by their parent
     assert (open_source(kind, **args).labels == s.labels).all()
 
 def test_pickles_without_its_memory(tmp_path):

@@ -178,7 +178,7 @@ def test_clevr_mini():
     pattern = Path(os.environ.get('DATA', ROOT/'data'))/'clevr-mini/all-*.tar'
     if not list(pattern.parent.glob(pattern.name)): pytest.skip('clevr-mini is not here')
     s = open_source('shards', str(pattern))
-    for i in range(len(s)): assert s.facts(i) == clevr_metadata(json.loads(s.read(i, 'json'))['scene'])
+    for i in range(len(s)): assert s.metadata(i) == clevr_metadata(json.loads(s.read(i, 'json'))['scene'])
     count, = task_labels([s], 'count')
     assert np.bincount(count).tolist() == [30, 30] and set(task_labels([s], 'dist')[0]) == set(range(6))
 
