@@ -254,7 +254,7 @@ class OptimConfig:
     weight_decay_end:NonNeg|None=None # at the end of the run, reached along half a cosine (IJ); None: constant
     decay_mask:bool=False  # apply weight decay to the mask token too (IJ)
     decay_all:bool=False   # apply it to norms, biases, alpha and the mask token too (FN's code)
-    stretch:AtLeast1=1.    # compute IJ's schedules (lr, weight decay, teacher) as if the run were this many times as long
+    stretch:AtLeast1=1.    # IJ's schedules (lr, weight decay, teacher) as if the run were this many times as long
 
 # %% ../nbs/00_config.ipynb #7fbb9e7c
 @dataclass(frozen=True, config=STRICT)

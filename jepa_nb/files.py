@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['file_hash', 'repo_root', 'repo_path', 'short_path', 'RunError', 'new_file', 'write_atomic', 'write_json',
            'new_folder', 'sha256', 'git_commit', 'versions', 'machine', 'checkpoint_step', 'checkpoint_folders',
-           'weights_file']
+           'weights_file', 'training_progress']
 
 # %% ../nbs/02_files.ipynb #0600606d
 import hashlib
@@ -163,6 +163,15 @@ def weights_file(path)->Path|None:
     if path.is_file(): return path
     files = [path/'model.safetensors', *(c/'model.safetensors' for c in reversed(checkpoint_folders(path)))]
     return next((p for p in files if p.is_file()), None)
+
+# %% ../nbs/02_files.ipynb #c0f11e0c
+def training_progress(
+    path:str|Path, # a run folder, a checkpoint or an exported folder
+)->dict:           # step, images, and more where the checkpoint was not exported; empty where nothing is known
+    "Read how far a model was trained, from its state.json, or trained.json where it was exported."
+    weights = weights_file(path)
+    files = [p for n in ('state.json', 'trained.json') if weights and (p := weights.parent/n).is_file()]
+    return json.loads(files[0].read_text()) if files else {}
 
 # %% ../nbs/02_files.ipynb #c0f11e0a
 file_hash = sha256 # the name that other modules still import
