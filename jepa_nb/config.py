@@ -110,7 +110,7 @@ class MaskConfig:
         "Return the number of targets that are predicted separately."
         return 1 if self.kind == 'window' else self.targets
     @property
-    def said(self)->str:
+    def label(self)->str:
         "Return the kind of mask, for tables of results."
         return f'windows of {self.window}' if self.kind == 'window' else f'multi-block, {self.mode}'
 

@@ -247,7 +247,7 @@ def _is_drawn(out:str, png:bytes, text:str, record:dict)->bool:
 def _masks_of(checkpoints)->list[str]:
     "The kinds of masks that checkpoints were trained with."
     configs = [w.parent/'config.yaml' for c in checkpoints if (w := weights_file(c))]
-    return sorted({load_config(f).masks.said for f in configs if f.is_file()})
+    return sorted({load_config(f).masks.label for f in configs if f.is_file()})
 
 def save_figure(
     out,             # path to save under, without suffix; None: nothing is saved, so that a trial replaces no figure

@@ -6,9 +6,8 @@ import pytest
 from conftest import ROOT
 
 from jepa_nb.claims import UNTESTED
-from jepa_nb.claims_ec import CLAIMS
 from jepa_nb.figure_files import table_csv
-from jepa_nb.ledger import ledger
+from jepa_nb.ledger import CLAIMS, ledger
 
 NUMBERS = [c.number for c in CLAIMS]
 LN, TANH = 'LayerNorm', 'DynTanh'
@@ -244,15 +243,15 @@ def test_one_size_alone_does_not_make_both(tmp_path):
 
 def test_the_paper_contradicts_itself():
     "Its own table against its own words, from the published CSVs."
+    from jepa_nb.claims import published
     from jepa_nb.claims_ec import LOCAL, OOD, ahead
-    from jepa_nb.claims_fn import published
     from jepa_nb.ledger import resolve
     P = published('EC')
     assert [[c for c in OOD+LOCAL if ahead(P, c, size) < 0] for size in (1, 2)] == [['eurosat', 'clevr_dist']]*2
     assert all(ahead(P, score, size) > 0 for score in ('rankme', 'lidar') for size in (1, 2))
     by_number = {c.number: c for c in CLAIMS}
-    assert resolve(by_number[20].paper_value, P) == pytest.approx(-1) and 'EuroSAT' in resolve(by_number[20].against, P)
-    assert 'CLEVR/Dist (−5.3 and −0.2 points)' in resolve(by_number[25].against, P) and 'CLEVR/Count' not in resolve(by_number[25].against, P)
+    assert resolve(by_number[20].paper_value, P) == pytest.approx(-1) and 'EuroSAT' in resolve(by_number[20].caveat, P)
+    assert 'CLEVR/Dist (−5.3 and −0.2 points)' in resolve(by_number[25].caveat, P) and 'CLEVR/Count' not in resolve(by_number[25].caveat, P)
 
 
 def test_quotations_are_set_like_the_paper():

@@ -1,4 +1,4 @@
-"What 11_data cannot say about itself: damage, workers, servers, interruptions."
+"Images, shards, sources, streams and their writers: damage, workers, servers, interruptions."
 import gzip
 import http.server
 import io
@@ -15,15 +15,17 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import jepa_nb.data as data
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from jepa_nb.images import BadImage, DataError, decode, image_size
-from jepa_nb.sets import shards_from_cifar10
+import jepa_nb.images as images
+import jepa_nb.shards as shards
+import jepa_nb.writing as writing
+from jepa_nb.images import BadImage, DataError, image_size, to_rgb
+from jepa_nb.sets import file_md5, shards_from_cifar10
 from jepa_nb.shards import plain_tar, shard_index, write_shard, write_shards
 from jepa_nb.sources import open_source
 from jepa_nb.streams import Stream
@@ -37,8 +39,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture(params=[True, False], ids=['simplejpeg', 'pillow'])
 def either(request, monkeypatch):
     "With and without the optional decoder."
-    if request.param and data.simplejpeg is None: pytest.skip('simplejpeg is not installed')
-    if not request.param: monkeypatch.setattr(data, 'simplejpeg', None)
+    if request.param and images.simplejpeg is None: pytest.skip('simplejpeg is not installed')
+    if not request.param: monkeypatch.setattr(images, 'simplejpeg', None)
 
 def picture(h=40, w=56, seed=0):
     "Something smooth, as a photograph is."
@@ -63,23 +65,23 @@ def quiet(f, *a, **kw):
 @pytest.mark.parametrize('kind,kw', [('jpeg', {}), ('jpeg', dict(progressive=True)), ('png', {}), ('webp', {}), ('webp', dict(lossless=True))])
 def test_every_cut_is_refused(either, kind, kw):
     whole = file(kind, **kw)
-    assert decode(whole).shape == (40, 56, 3)
+    assert to_rgb(whole).shape == (40, 56, 3)
     for n in [*range(0, len(whole)-1, 13), len(whole)-1]:
         if kind == 'png' and n >= len(whole)-16: continue  # only the end mark or its checksum is missing
-        with pytest.raises(BadImage, match='^a.tar: k'): decode(whole[:n], 'a.tar: k')
+        with pytest.raises(BadImage, match='^a.tar: k'): to_rgb(whole[:n], 'a.tar: k')
 
 def test_both_decoders_agree(monkeypatch):
-    if data.simplejpeg is None: pytest.skip('simplejpeg is not installed')
+    if images.simplejpeg is None: pytest.skip('simplejpeg is not installed')
     rng = np.random.default_rng(0)
     whole = file(quality=95)
     grey, cmyk = file(image=picture().convert('L')), file(image=picture().convert('CMYK'))
     noisy = [bytearray(whole) for _ in range(60)]
     for b in noisy: b[int(rng.integers(20, len(b)))] ^= int(rng.integers(1, 256))
     def result(b):
-        try: return decode(bytes(b), 'x').tobytes()
+        try: return to_rgb(bytes(b), 'x').numpy().tobytes()
         except BadImage: return None
     fast = [result(b) for b in [whole, grey, cmyk, *noisy]]
-    monkeypatch.setattr(data, 'simplejpeg', None)
+    monkeypatch.setattr(images, 'simplejpeg', None)
     slow = [result(b) for b in [whole, grey, cmyk, *noisy]]
     assert fast == slow and all(slow[:3])
 
@@ -87,20 +89,20 @@ def test_hostile_headers(either):
     jpeg = bytearray(file())
     at = jpeg.index(b'\xff\xc0')+5
     jpeg[at:at+4] = b'\xff\xff\xff\xff'
-    with pytest.raises(BadImage, match='bomb.*more than'): decode(bytes(jpeg), 'bomb')
+    with pytest.raises(BadImage, match='bomb.*more than'): to_rgb(bytes(jpeg), 'bomb')
     jpeg[at:at+4] = b'\x01\x00\x01\x00'  # larger than it is
-    with pytest.raises(BadImage): decode(bytes(jpeg), 'x', (40, 56))
+    with pytest.raises(BadImage): to_rgb(bytes(jpeg), 'x', (40, 56))
     jpeg[at:at+4] = b'\x00\x00\x00\x10'
     with pytest.raises(ValueError, match='0x16'): image_size(bytes(jpeg))
     for junk in (b'', b'\xff\xd8\xff', b'\xff\xd8\xff\xe0\x00\x00'*9, b'RIFF\0\0\0\0WEBPVP8 ', b'\x89PNG\r\n\x1a\n'+bytes(40), bytes(99)):
-        with pytest.raises(BadImage): decode(junk)
+        with pytest.raises(BadImage): to_rgb(junk)
 
 def test_odd_modes(either):
     for kind, image in (('png', picture().convert('P')), ('png', picture().convert('LA')), ('png', picture().convert('1')),
                         ('png', picture().convert('RGBA')), ('webp', picture().convert('RGBA')), ('jpeg', picture().convert('L')),
                         ('png', Image.fromarray(np.full((40, 56), 40000, np.uint16)))):
-        x = decode(file(kind, image))
-        assert x.shape == (40, 56, 3) and x.dtype == np.uint8 and x.flags['C_CONTIGUOUS']
+        x = to_rgb(file(kind, image))
+        assert x.shape == (40, 56, 3) and x.dtype == torch.uint8 and x.is_contiguous()
 
 
 # ---- shards
@@ -181,9 +183,9 @@ def test_cache(tmp_path, monkeypatch):
     for p in (tmp_path/'a.tar', tmp_path/'b.tar.gz'):
         index = shard_index(p)
         with monkeypatch.context() as m:
-            m.setattr(data, 'index_tar', None)  # not called again
+            m.setattr(shards, 'index_tar', None)  # not called again
             assert shard_index(p)['keys'] == index['keys']
-        saved = data._cache_path(data._file_state(p), '.npz')
+        saved = shards.cache_path(shards.file_state(p), '.npz')
         saved.write_bytes(saved.read_bytes()[:200])
         assert shard_index(p)['keys'] == index['keys']  # a damaged index is made anew
     write_shard(tmp_path/'a.tar', samples(7))
@@ -196,7 +198,7 @@ def test_cache(tmp_path, monkeypatch):
 def test_index_is_never_unpickled(tmp_path):
     write_shard(tmp_path/'a.tar', samples(3))
     shard_index(tmp_path/'a.tar')
-    saved = data._cache_path(data._file_state(tmp_path/'a.tar'), '.npz')
+    saved = shards.cache_path(shards.file_state(tmp_path/'a.tar'), '.npz')
     np.savez(saved, text=np.array([{'keys': []}], dtype=object), allow_pickle=True)
     assert len(shard_index(tmp_path/'a.tar')['keys']) == 3
 
@@ -249,7 +251,7 @@ def test_pickles_without_its_memory(tmp_path):
 def test_two_processes_unpack_at_once(tmp_path):
     write_shard(tmp_path/'a.tar', samples(200))
     (tmp_path/'a.tar.gz').write_bytes(gzip.compress((tmp_path/'a.tar').read_bytes()))
-    code = f"from jepa_nb.data import open_source; s = open_source('shards', {str(tmp_path/'a.tar.gz')!r}); print(len(s), int(s.image(199).sum()))"
+    code = f"from jepa_nb.sources import open_source; s = open_source('shards', {str(tmp_path/'a.tar.gz')!r}); print(len(s), int(s.image(199).sum()))"
     runs = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent) for _ in range(2)]
     out = [p.communicate(timeout=120)[0].split() for p in runs]
     assert out[0] == out[1] and out[0][0] == '200' and len(list((tmp_path/'cache').iterdir())) == 2
@@ -285,12 +287,12 @@ def test_shards_from_folder_interrupted(tmp_path, monkeypatch):
     make = partial(shards_from_folder, f, per_shard=5, progress=False)
     whole = make(tmp_path/'one')
     assert whole['images'] == 23 and whole['left_out'] == 1 and whole['skipped'][0][0] == os.path.join('c0', 'bad.jpg')
-    shrink, calls = data.shrink, []
+    downscale, calls = writing.downscale, []
     def stopping(*a):
         calls.append(a)
         if len(calls) == 13: raise KeyboardInterrupt
-        return shrink(*a)
-    monkeypatch.setattr(data, 'shrink', stopping)
+        return downscale(*a)
+    monkeypatch.setattr(writing, 'downscale', stopping)
     with pytest.raises(KeyboardInterrupt): make(tmp_path/'two')
     assert sorted(p.name for p in (tmp_path/'two').iterdir()) == ['train-000000.tar', 'train-000001.tar', 'train.json']
     assert make(tmp_path/'two')['images'] == 23 and len(calls) == 13+14
@@ -305,7 +307,7 @@ def test_shards_from_folder_interrupted(tmp_path, monkeypatch):
 
 def test_killed_writer_leaves_no_shard(tmp_path):
     code = f"""if True:
-        import os, jepa_nb.data as d
+        import os, jepa_nb.shards as d
         def samples():
             for i in range(9):
                 if i == 7: os.kill(os.getpid(), 9)
@@ -331,7 +333,7 @@ def archive(path, n=4, side=32, name='test_batch.bin'):
 
 def test_cifar10(tmp_path):
     a = archive(tmp_path/'c.tar.gz')
-    shards_from_cifar10(tmp_path/'out', a, md5=data.file_md5(a), per_shard=7, progress=False)
+    shards_from_cifar10(tmp_path/'out', a, md5=file_md5(a), per_shard=7, progress=False)
     train, test = (open_source('shards', str(tmp_path/'out'), split=s) for s in ('train', 'test'))
     assert (len(train), len(test), len(train.shards)) == (20, 4, 3) and 0 <= train.labels.min() <= train.labels.max() <= 9
     rng = np.random.default_rng(0)
@@ -362,7 +364,7 @@ def test_stream(server):
     s = Stream(server, replace=False, epochs=1, shuffle=7)
     got = list(s)
     assert sorted(r.key for r in got) == [f's{i:04d}' for i in range(60)]
-    assert all(r.size == (40, 56) and decode(r.data).shape == (40, 56, 3) and r.label == int(r.key[1:])%10 for r in got)
+    assert all(r.size == (40, 56) and to_rgb(r.data).shape == (40, 56, 3) and r.label == int(r.key[1:])%10 for r in got)
     assert [r.key for r in got] != sorted(r.key for r in got) and [r.key for r in s] == [r.key for r in got]
 
 def test_stream_workers(server):

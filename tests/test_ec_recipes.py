@@ -94,7 +94,7 @@ def test_slots_for_tokens_follow_the_batch(words):
     for number in range(0, 40, 4):
         splits = [block_split(number*2048+k, (14, 14), 0, cfg) for k in range(128)]
         n, m = max(len(s.context) for s in splits), len(splits[0].targets[0])
-        told = max(int(context_groups(alone(s), cfg.masks, cfg.condition).number.max())+1 for s in splits[:16])
+        told = max(int(context_groups(alone(s), cfg.masks, cfg.condition).token.max())+1 for s in splits[:16])
         room = max_conditioning_tokens(cfg, n)[1]
         assert told <= room <= max_conditioning_tokens(cfg)[1]
         if not words: assert room == max(1, n//15) and room <= told+1 and 2 <= told == n//(m//2) <= 7

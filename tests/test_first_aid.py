@@ -17,7 +17,6 @@ import zlib
 from functools import partial
 from pathlib import Path
 
-import jepa_nb.data
 import numpy as np
 import pytest
 import yaml
@@ -25,6 +24,7 @@ from conftest import ROOT
 from PIL import Image
 from test_graph import TIER, clone, environment
 
+import jepa_nb.streams
 import jepa_nb.train
 from jepa_nb.checkpoint import checkpoints, is_whole, newest_checkpoint, open_run, save_checkpoint, verify_checkpoint
 from jepa_nb.cli import main
@@ -96,27 +96,27 @@ def test_shards_of_one_folder_do_not_displace_anothers(tmp_path, capsys):
 
 
 def test_a_smaller_making_leaves_no_shard_of_the_larger(tmp_path):
-    out, note = tmp_path/'out', dict(kind='colours', shade=1)
+    out, manifest = tmp_path/'out', dict(kind='colours', shade=1)
     make = lambda i: dict(key=str(i), jpg=jpeg(i), cls=0)
-    make_shards(out, 'train', list(range(5)), make, note, per_shard=2, progress=False)
+    make_shards(out, 'train', list(range(5)), make, manifest, per_shard=2, progress=False)
     mine = {'train-mine.tar': b'mine', 'train-000007.tar': b'by hand', '.train_backup.tmp': b'mine', 'train.txt': b'mine', '.train-notes.99999999.tmp': b'mine'}
     for n, data in mine.items(): (out/n).write_bytes(data)
-    with pytest.raises(DataError, match='shade=1, not 2'): make_shards(out, 'train', [0], make, note | dict(shade=2), per_shard=2, progress=False)
-    make_shards(out, 'train', [0], make, note | dict(shade=2), per_shard=2, progress=False, replace=True)
+    with pytest.raises(DataError, match='shade=1, not 2'): make_shards(out, 'train', [0], make, manifest | dict(shade=2), per_shard=2, progress=False)
+    make_shards(out, 'train', [0], make, manifest | dict(shade=2), per_shard=2, progress=False, replace=True)
     assert mine.items() <= contents(out).items() and set(contents(out))-set(mine) == {'train-000000.tar', 'train.json'}
     with pytest.raises(DataError, match='train-000007.tar is in the way'): # what somebody put where a new shard would be
-        make_shards(out, 'train', list(range(15)), make, note, per_shard=2, progress=False, replace=True)
+        make_shards(out, 'train', list(range(15)), make, manifest, per_shard=2, progress=False, replace=True)
     assert mine.items() <= contents(out).items()
 
 
-NOT_NOTES = [b'{"images": [1], "annotations": ["a year of work"]}', b'{"wids_version": 1, "shardlist": []}', b'[1]', b'not json', b'{"kind": "folder"}',
+NOT_MANIFESTS = [b'{"images": [1], "annotations": ["a year of work"]}', b'{"wids_version": 1, "shardlist": []}', b'[1]', b'not json', b'{"kind": "folder"}',
              b'{"kind": "x", "items": "3", "per_shard": 0}', b'{"kind": "x", "items": 3, "per_shard": true}']
 
 
 @pytest.mark.parametrize('replace', [False, True], ids=['', 'replace'])
-@pytest.mark.parametrize('note', NOT_NOTES, ids=range(len(NOT_NOTES)))
-def test_somebodys_own_train_json(tmp_path, note, replace):
-    (tmp_path/'train.json').write_bytes(note)
+@pytest.mark.parametrize('manifest', NOT_MANIFESTS, ids=range(len(NOT_MANIFESTS)))
+def test_somebodys_own_train_json(tmp_path, manifest, replace):
+    (tmp_path/'train.json').write_bytes(manifest)
     write_shard(tmp_path/'train-000000.tar', [dict(key='a', jpg=jpeg(), cls=0)])
     before = contents(tmp_path)
     with pytest.raises(DataError, match='train.json: is in the way'): shards_from_scenes(tmp_path, 2, side=16, progress=False, replace=replace)
@@ -124,7 +124,7 @@ def test_somebodys_own_train_json(tmp_path, note, replace):
 
 
 @pytest.mark.parametrize('name', ['train-000000.tar', 'train-a.tar', 'train-000000.tar.gz', 'train-7.tgz'])
-def test_shards_without_a_note(tmp_path, name):
+def test_shards_without_a_manifest(tmp_path, name):
     (tmp_path/name).write_bytes(b'mine')
     for replace in (False, True):
         with pytest.raises(DataError, match='of other making'): shards_from_scenes(tmp_path, 2, side=16, progress=False, replace=replace)
@@ -151,12 +151,12 @@ def test_two_makers_at_once(tmp_path):
     out, go = tmp_path/'x', tmp_path/'go'
     def start(shade, replace=False):
         code = f"""if True:
-            import io, os, time; from PIL import Image; from jepa_nb.data import *
+            import io, os, time; from PIL import Image; from jepa_nb.images import DataError; from jepa_nb.writing import make_shards
             def make(i):
                 while i == 7 and not os.path.exists({str(go)!r}): time.sleep(.02)
                 f = io.BytesIO(); Image.new('RGB', (8, 8), ({shade}, i, 0)).save(f, 'png'); return dict(key=str(i), png=f.getvalue(), cls=0)
-            note = dict(kind='plain', shade={shade})
-            try: print(make_shards({str(out)!r}, 'train', list(range(8)), make, note, per_shard=2, progress=False, replace={replace})['images'])
+            manifest = dict(kind='plain', shade={shade})
+            try: print(make_shards({str(out)!r}, 'train', list(range(8)), make, manifest, per_shard=2, progress=False, replace={replace})['images'])
             except DataError as e: print('refused', e)"""
         return subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     first, end = start(1), time.monotonic()+200
@@ -292,8 +292,8 @@ def bomb():
 
 
 HOSTILE = { # name: (bytes, what is said)
-    'a file of 2^62 bytes':       (lambda: good(2)+entry('huge.jpg', size=2**62), 'huge.jpg is said to have 4611686018427387904 bytes'),
-    'what is no file, of 2^62':   (lambda: good(2)+entry('d.jpg', size=2**62, kind=tarfile.CHRTYPE), 'is said to have'),
+    'a file of 2^62 bytes':       (lambda: good(2)+entry('huge.jpg', size=2**62), 'huge.jpg claims to have 4611686018427387904 bytes'),
+    'what is no file, of 2^62':   (lambda: good(2)+entry('d.jpg', size=2**62, kind=tarfile.CHRTYPE), 'claims to have'),
     'a name of 2^40 bytes':       (lambda: good(2)+entry('n', size=2**40, kind=LONG), 'a header of 1099511627776 bytes'),
     'an extended header of 5 MB': (lambda: good(2)+entry('p', b'12 a=00000\n'*450_000, kind=PAX)+good(2, 5), 'a header of'),
     'a global header of 2^40':    (lambda: good(2)+entry('p', size=2**40, kind=tarfile.XGLTYPE), 'a header of'),
@@ -358,7 +358,7 @@ def www(tmp_path):
 def test_a_stream_that_drips_is_given_up(www, monkeypatch):
     folder, url = www
     (folder/'slow.tar').write_bytes(good(3)+END)
-    monkeypatch.setattr(jepa_nb.data, 'STALLED', (.6, 2**16))
+    monkeypatch.setattr(jepa_nb.streams, 'STALLED', (.6, 2**16))
     told, start = [], time.monotonic()
     assert list(read_shard(f'{url}/slow.tar', lambda where, why: told.append(why))) == []
     assert 'bytes came in' in told[-1] and time.monotonic()-start < 30
@@ -380,7 +380,7 @@ def test_bad_shards_are_passed_over_as_long_as_one_is_good(www):
 
 
 def test_a_stream_gives_up_when_nothing_comes_for_too_long(www, monkeypatch):
-    monkeypatch.setattr(jepa_nb.data, 'PATIENCE', (.0, .0))
+    monkeypatch.setattr(jepa_nb.streams, 'PATIENCE', (.0, .0))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         with pytest.raises(DataError, match='nothing readable in 3 of 100000 shards'): list(Stream(f'{www[1]}/none-{{00000..99999}}.tar'))

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import chisquare
 
 from jepa_nb.config import MaskConfig
-from jepa_nb.masks import check_blocks, least_kept, multiblock_splits, reference_splits, target_sizes
+from jepa_nb.masks import check_blocks, multiblock_splits, reference_splits, resolve_min_keep, target_sizes
 
 FIXED, REFERENCE = (MaskConfig(kind='multiblock', mode=m) for m in ('fixed', 'reference'))
 
@@ -130,7 +130,7 @@ def test_any_grid_of_two_or_more_patches_a_side_works_by_default():
         for x in range(2, 19):
             s, = multiblock_splits(1, (y, x), FIXED, rng)
             context, target = check_blocks((y, x), FIXED)
-            assert least_kept((y, x), FIXED) < len(s.context) <= context and {len(t) for t in s.targets} == {len(s.targets[0])} and len(s.targets[0]) <= target
+            assert resolve_min_keep((y, x), FIXED) < len(s.context) <= context and {len(t) for t in s.targets} == {len(s.targets[0])} and len(s.targets[0]) <= target
             assert not set(s.context) & set(np.concatenate(s.targets))
 
 

@@ -1,4 +1,5 @@
 "Official archives in miniature: what becomes of them, and what is refused before anything is written."
+import hashlib
 import io
 import json
 import os
@@ -14,7 +15,7 @@ from scipy.io import savemat
 
 from jepa_nb.archives import open_files
 from jepa_nb.images import BadImage, DataError
-from jepa_nb.sets import PUBLISHED, SETS, checksum, file_md5, scene_facts, shards_from_public
+from jepa_nb.sets import PUBLISHED_MD5, SETS, clevr_metadata, file_md5, shards_from_public
 from jepa_nb.sources import open_source
 from jepa_nb.tasks import task_labels
 
@@ -154,8 +155,8 @@ def test_a_part_of_eurosat(tmp_path):
     assert [len(labels(open_source('shards', str(tmp_path/'out'), split=s))) for s in ('train', 'test')] == [16, 8]
 
 @pytest.mark.parametrize('distance', [float('nan'), -1., '9', True])
-def test_scene_facts_refuses_a_distance_that_is_none(distance):
-    with pytest.raises(ValueError, match='an object at a distance of'): scene_facts(dict(objects=[dict(pixel_coords=[1, 2, 9.]), dict(pixel_coords=[1, 2, distance])]))
+def test_clevr_metadata_refuses_what_is_no_distance(distance):
+    with pytest.raises(ValueError, match='an object at a distance of'): clevr_metadata(dict(objects=[dict(pixel_coords=[1, 2, 9.]), dict(pixel_coords=[1, 2, distance])]))
 
 def test_sun397(tmp_path):
     made('sun397', tmp_path/'out', archives('sun397', tmp_path/'from'))
@@ -174,11 +175,10 @@ def test_clevr(tmp_path):
 
 def test_clevr_mini():
     "The renderings at hand, if they are there: their facts are those of their scenes."
-    from jepa_nb.sets import scene_facts
     pattern = Path(os.environ.get('DATA', ROOT/'data'))/'clevr-mini/all-*.tar'
     if not list(pattern.parent.glob(pattern.name)): pytest.skip('clevr-mini is not here')
     s = open_source('shards', str(pattern))
-    for i in range(len(s)): assert s.facts(i) == scene_facts(json.loads(s.read(i, 'json'))['scene'])
+    for i in range(len(s)): assert s.facts(i) == clevr_metadata(json.loads(s.read(i, 'json'))['scene'])
     count, = task_labels([s], 'count')
     assert np.bincount(count).tolist() == [30, 30] and set(task_labels([s], 'dist')[0]) == set(range(6))
 
@@ -221,7 +221,7 @@ def test_links_in_archives_are_not_followed(tmp_path):
     with tarfile.open(fileobj=f, mode='a') as t:
         info = tarfile.TarInfo('food-101/images/ramen/9.jpg'); info.type, info.linkname = tarfile.SYMTYPE, '/etc/passwd'; t.addfile(info)
     (tmp_path/'x.tar').write_bytes(f.getvalue())
-    assert 'food-101/images/ramen/9.jpg' not in open_files(tmp_path/'x.tar').at
+    assert 'food-101/images/ramen/9.jpg' not in open_files(tmp_path/'x.tar').entries
 
 def test_zip_bomb(tmp_path):
     with zipfile.ZipFile(tmp_path/'x.zip', 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('a.jpg', bytes(3*10**8))
@@ -230,7 +230,7 @@ def test_zip_bomb(tmp_path):
 def test_checksum(tmp_path):
     at = archives('food101', tmp_path/'from')
     file = at/'food-101.tar.gz'
-    assert checksum(file, False) == file_md5(file)
+    assert file_md5(file) == hashlib.md5(file.read_bytes()).hexdigest()
     refused(tmp_path, 'food101', at, 'expected', md5=['0'*32])
     assert made('food101', tmp_path/'out', at, md5=['0'*32, file_md5(file)])['train']['images'] == 3
     with pytest.warns(UserWarning, match='not the whole of .* food-101.tar.gz has not the published checksum'): shards_from_public('food101', tmp_path/'part', at, progress=False)
@@ -239,9 +239,9 @@ def test_the_published_checksum_is_asked_of_a_whole_set(tmp_path, monkeypatch):
     at = archives('food101', tmp_path/'from')
     make = lambda out, **kw: shards_from_public('food101', tmp_path/out, at, progress=False, **kw)['train']['images']
     monkeypatch.setitem(SETS, 'food101', SETS['food101']._replace(classes=2, images=dict(train=3, test=1))) # as if this were all of it
-    with pytest.raises(DataError, match=f"the published one is {PUBLISHED['food-101.tar.gz']}"): make('a')
+    with pytest.raises(DataError, match=f"the published one is {PUBLISHED_MD5['food-101.tar.gz']}"): make('a')
     assert not list(tmp_path.glob('a/*.tar')) and make('a', md5=()) == 3
-    monkeypatch.setitem(PUBLISHED, 'food-101.tar.gz', file_md5(at/'food-101.tar.gz'))
+    monkeypatch.setitem(PUBLISHED_MD5, 'food-101.tar.gz', file_md5(at/'food-101.tar.gz'))
     assert make('b') == 3
 
 @pytest.mark.parametrize('change, says', [
@@ -285,12 +285,12 @@ def test_large_images_are_shrunk_and_interruption_is_survived(tmp_path, monkeypa
     content = {k: photo(3, 80, 60) if k.endswith('jpg') else v for k, v in CONTENT['food101'].items()}
     folder(content)(tmp_path/'in')
     import jepa_nb.sets as sets
-    shrink, calls = sets.shrink, []
+    downscale, calls = sets.downscale, []
     def stopping(*a):
         calls.append(a)
         if len(calls) == 3: raise KeyboardInterrupt
-        return shrink(*a)
-    monkeypatch.setattr(sets, 'shrink', stopping)
+        return downscale(*a)
+    monkeypatch.setattr(sets, 'downscale', stopping)
     with pytest.raises(KeyboardInterrupt): made('food101', tmp_path/'out', tmp_path/'in', max_side=40, per_shard=2)
     assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['train-000000.tar', 'train.json']
     assert made('food101', tmp_path/'out', tmp_path/'in', max_side=40, per_shard=2)['train']['images'] == 3 and len(calls) == 5

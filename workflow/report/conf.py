@@ -1,4 +1,4 @@
-"""Sphinx settings of the report; jepa_nb.report copies this file into the folder that it builds from. Nothing here asks the network."""
+"""Sphinx settings of the report; jepa_nb.site copies this file into its source folder. Nothing here uses a network."""
 from docutils import nodes
 from latex2mathml.converter import convert
 
