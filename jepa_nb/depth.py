@@ -7,7 +7,7 @@ __all__ = ['EIGEN', 'CACHE_BYTES', 'ENCODE_CHUNK', 'eigen_crop', 'square_truth',
            'depth_truth', 'depth_truths', 'DepthPairs', 'Head', 'lr_factor', 'random_batches', 'fit_depth_head',
            'fit_metres', 'head_bytes', 'open_head', 'mean_map', 'resize_map', 'image_errors', 'paired_gain',
            'train_depth_head', 'error_summary', 'write_depth', 'evaluate_depth', 'read_depth', 'read_errors',
-           'result_head', 'untrained_network', 'runs_of_one_network', 'depth_baselines', 'head_gains', 'predict_depth']
+           'result_head', 'runs_of_one_network', 'depth_baselines', 'head_gains', 'predict_depth']
 
 # %% ../nbs/47_depth.ipynb #1613a4dd
 import io
@@ -27,16 +27,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoint import images_seen, open_run, random_model, find_checkpoint
-from .conditioning import inference_conditioning
 from .config import Config
 from .depth_head import DPT, METRICS, ThreeConvs, depth_errors, depth_loss, head_layers, scale_factors
 from .eval_config import DepthConfig
-from .features import image_tokens
+from .features import features
 from .frozen import center_square, extract, open_encoder, warn_skipped
 from .files import RunError, repo_path, file_hash, short_path, weights_file, write_atomic
 from .images import BadImage, DataError, read_image
 from .patches import centre_crop
-from .recipes import load_config, make_depth
+from .recipes import load_config, make_depth, untrained_fingerprint
 from .stats import bootstrap
 from .tasks import refuse_shared
 
@@ -405,7 +404,8 @@ def evaluate_depth(
     result = dict(
         run=name or recipe.run.name, features='random init' if is_random else 'teacher', is_random=is_random,
         recipe=recipe.run.name, norm=e.norm_out, seed=seed, tier=tier, kind='depth', data=short_path(test.name),
-        train_data=short_path(train.name), **error_summary(errors), n_train=len(fitted), n_test=len(errors['index']),
+        untrained=untrained_fingerprint(recipe) if is_random else None, train_data=short_path(train.name),
+        **error_summary(errors), n_train=len(fitted), n_test=len(errors['index']),
         n_broken=len(tested)-len(errors['index']), side=side, layers=layers,
         parameters=sum(p.numel() for p in head.parameters()), loss=float(np.mean(losses[-50:])), settings=asdict(cfg),
         images_seen=0 if is_random else images_seen(found),
@@ -439,14 +439,10 @@ def result_head(result:dict)->Head:
     "The head behind a result of `read_depth`, its checksum verified."
     return open_head(result['file'].with_suffix('.safetensors'), result['head_sha256'])
 
-def untrained_network(cfg:Config)->tuple:
-    "What decides a network before training, besides the seed. The norm on the output has no random weights."
-    return replace(cfg.encoder, norm_out='layernorm'), cfg.condition, cfg.scale.max_side
-
 def runs_of_one_network(run:Path)->list[Path]:
     "This run folder, and those beside it of the same seed that are the same network before training."
     if not weights_file(run): return [run]
-    network = lambda f: untrained_network(load_config(weights_file(f).parent/'config.yaml'))
+    network = lambda f: untrained_fingerprint(load_config(weights_file(f).parent/'config.yaml'))
     others = [f for f in sorted(run.parents[1].glob(f'*/{run.name}')) if f != run and weights_file(f)]
     return [run, *(f for f in others if network(f) == network(run))]
 
@@ -484,8 +480,6 @@ def predict_depth(
     "Predict the depth of images in metres, from nothing but their pixels."
     encoder, head = open_encoder(open_run(run, parts=('teacher',))[0]), result_head(read_depth(run, name))
     def predict(image):
-        row = image_tokens(center_square(read_image(image), head.side)[None], encoder.patch)
-        h = encoder.hidden(row, head.layers, extra=inference_conditioning(encoder, row))
-        maps = [rearrange(a, '1 (y x) d -> 1 d y x', y=head.side//encoder.patch) for a in h]
-        return head(torch.stack(maps, 1).float())
+        h = features(encoder, center_square(read_image(image), head.side)[None], head.layers, pool='none')
+        return head(rearrange(h, 'i D (y x) d -> i D d y x', y=head.side//encoder.patch))
     return torch.cat([head.metres(predict(image)) for image in images])
