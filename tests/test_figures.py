@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from jepa_nb.figure_files import is_stale
+from jepa_nb.ledger import CLAIMS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'workflow'))
@@ -98,6 +99,38 @@ def test_a_code_host_shows_the_picture(path):
     assert pictures(nb), f".venv/bin/python workflow/execute_figures.py {path.stem}"
     assert not [o for o in outputs(nb) if o.output_type == 'error']
     assert not re.findall(r'(?<![\w./])/(?:home|root|tmp|work|usr|var|opt|Users|mnt)/\S*', said(nb)), "a path of the machine that drew it"
+
+def calls(path, name):
+    "Calls of a function in a notebook, as AST nodes."
+    trees = [ast.parse(c.source) for c in code_cells(path)]
+    return [n for t in trees for n in ast.walk(t) if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == name]
+
+def asked_claims(path):
+    "Numbers of the claims that a figure asks the ledger about."
+    loops = [g.iter for c in code_cells(path) for n in ast.walk(ast.parse(c.source)) if isinstance(n, ast.GeneratorExp)
+             and getattr(getattr(n.elt, 'func', None), 'id', '') == 'figure_claim' for g in n.generators]
+    typed = [n.args[0] for n in calls(path, 'figure_claim') if isinstance(n.args[0], ast.Constant)]
+    return sorted({k for n in loops for k in ast.literal_eval(n)} | {n.value for n in typed})
+
+def claim_prose(path):
+    return ' '.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown' and c.source.startswith('## Claim'))
+
+@pytest.mark.parametrize('path', **by_name)
+def test_the_prose_of_a_claim_says_the_rule(path):
+    "Figure 3 said that LayerNorm is above its control, which the rule of claim 3 does not compare."
+    prose, asked = claim_prose(path), [c for c in CLAIMS if c.number in asked_claims(path)]
+    if not asked: return
+    named = {int(k) for words in re.findall(r'[Cc]laims? ((?:\d+(?:, | and )?)+)', prose) for k in re.findall(r'\d+', words)}
+    assert named == {c.number for c in asked}, 'the prose names the claims that the code asks about'
+    compared = ' '.join(p.name for c in asked for p in c.parts)
+    assert 'control' not in prose or 'control' in compared, 'the rule compares with no control'
+
+@pytest.mark.parametrize('path', **by_name)
+def test_verdicts_come_from_rules(path):
+    "Figure 2 handed one number to `verdict`, which then can only say that nothing was tested: a figure without a rule measures, and judges nothing."
+    assert not calls(path, 'verdict'), '`figure_claim` gives verdicts'
+    if path.stem in ('fn_fig2_loss_maps', 'fn_features_pca'):
+        assert 'no verdict: one run of each norm' in said(nbformat.read(path, 4)), 'executed before the change'
 
 @pytest.fixture(scope='session')
 def fresh_clone(tmp_path_factory):
