@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .checkpoint import PARTS, open_run
 from .config import Config
-from .files import RunError, new_folder, sha256, weights_file
+from .files import RunError, new_folder, read_json, sha256, weights_file
 from jepa_nb.formats import (
     LEARNED_POSITIONS, InteropError, ViTSpec, check_counterpart, check_tensors, config_number, count_parameters,
     encoder_shapes, fold_normalization, from_official, hf_spec, hf_to_official, infer_predictor_spec, infer_spec,
@@ -187,11 +187,8 @@ def read_ijepa(
 # %% ../nbs/63_interop.ipynb #48f7c096
 def read_config(file:Path)->dict:
     "Read a config.json; raises InteropError."
-    try: d = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as e:
-        raise InteropError(f"{file}: cannot be read: {first_line(e)}") from None
-    if not isinstance(d, dict): raise InteropError(f"{file}: is not a mapping")
-    return d
+    try: return read_json(file)
+    except ValueError as e: raise InteropError(f"{file}: {e}") from None
 
 def tensor_files(folder:Path)->list[Path]:
     "The safetensors files of a folder, one or several shards; raises InteropError where there are none."
@@ -253,7 +250,7 @@ def check_run(
                            f"predictor has its encoder's {cfg.encoder.heads}")
 
 CONDITIONED = ('was trained with conditioning tokens, which others do not make: '
-               '`jepa_nb eval --condition off` gives their features')
+               '`jepa_nb eval RUN eval.condition=off` gives their features')
 
 def read_run(
     path:Path, # a run, a checkpoint of one, or an exported or converted folder
@@ -471,7 +468,7 @@ def convert(
     source, out = Path(source), Path(out)
     kind = recognise_format(source)
     to = to or infer_format(out, kind)
-    if kind == to == 'run': raise InteropError(f"{source}: is a run already; `jepa_nb ship` writes its small form")
+    if kind == to == 'run': raise InteropError(f"{source}: is a run already; `jepa_nb export` writes its small form")
     if out.exists(): raise InteropError(f"{out}: is there already; another name, or remove it first")
     ckpt = read_any(source, heads, to)
     if condition and kind == 'run':

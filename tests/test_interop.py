@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,10 +22,11 @@ from torch.testing import assert_close
 
 from jepa_nb.checkpoint import export_checkpoint, open_run
 from jepa_nb.conditioning import inference_conditioning
+from jepa_nb.eval_config import EvalConfig, RankConfig
 from jepa_nb.evaluate import evaluate, rank_checkpoints
 from jepa_nb.features import image_tokens
-from jepa_nb.frozen import encode, extract
 from jepa_nb.formats import InteropError
+from jepa_nb.frozen import encode, extract
 from jepa_nb.interop import convert, read_any
 from jepa_nb.layers import sincos2d, sincos_table
 from jepa_nb.model import interpolate_pos_embed
@@ -39,6 +41,7 @@ SIZES = [dict(patch=16, dim=48, depth=3, heads=3, side=224), dict(patch=14, dim=
          dict(patch=16, dim=192, depth=12, heads=3, side=224),
          # the last: the MLP of ViT-g is not four times as wide either
          dict(patch=8, dim=32, depth=2, heads=4, side=96, hidden=88)]
+RANKS = RankConfig(rank_images=20, lidar_images=10, lidar_views=3)
 sizes = pytest.mark.parametrize('size', SIZES, ids=lambda s: f"{s['patch']}-{s['dim']}-{s['depth']}-{s['side']}")
 
 
@@ -205,7 +208,7 @@ def test_a_fresh_model_has_random_positions(hf, side, wide, tmp_path):
     official = open_run(convert(convert(run, tmp_path/'x.pth.tar'), tmp_path/'again'), parts=('teacher',))[0].teacher
     with torch.no_grad(): assert torch.equal(official(image_tokens(images, 16)), ours(image_tokens(images, 16)))
     train_on, test_on = (open_source('scenes', images=40, side=wide, split=s) for s in ('train', 'test'))
-    r = evaluate(run, train_on, test_on, side=wide, layers='last', progress=False)
+    r = evaluate(run, train_on, test_on, EvalConfig(side=wide, layers='last'), progress=False)
     assert r['stretched'] is True # nothing can be computed on
     with pytest.raises(ConfigError, match='position=table'):
         convert(tmp_path/'hf', tmp_path/'no', condition='positions')
@@ -293,9 +296,9 @@ def test_a_converted_checkpoint_is_evaluated_and_drawn(tmp_path):
     r = jepa_nb('eval', tmp_path/'whole', '--sets', tmp_path/'sets.yaml')
     # before the first is evaluated
     assert r.returncode == 1 and 'gone: ' in r.stderr and not (tmp_path/'whole/eval').exists(), r.stderr
-    few = dict(side=96, protocol='ood_step', epochs=1, train_images=8, test_images=8, progress=False)
+    cfg = EvalConfig(side=96, protocol='ood_step', epochs=1)
     train_on, test_on = (open_source('scenes', images=8, side=96, split=s) for s in ('train', 'test'))
-    a, b, c = (evaluate(tmp_path/n, train_on, test_on, **few) for n in ('run', 'whole', 'alone'))
+    a, b, c = (evaluate(tmp_path/n, train_on, test_on, cfg, progress=False) for n in ('run', 'whole', 'alone'))
     assert a['acc'] == b['acc'] == c['acc'] and c['images_seen'] is None
     assert torch.equal(encode(tmp_path/'run', [pictures(96)[0]])[0], encode(tmp_path/'alone', [pictures(96)[0]])[0])
     small = export_checkpoint(tmp_path/'alone', tmp_path/'small', parts=('teacher',))
@@ -316,14 +319,14 @@ def test_a_conditioned_run_has_the_same_tensors(tmp_path):
     convert(run, tmp_path/'x.pth.tar', say=lines.append)
     assert any('conditioning tokens' in line for line in lines)
     back = convert(tmp_path/'x.pth.tar', tmp_path/'back')
-    conditioned, off = extract(run, images, 96, norm='behind'), extract(run, images, 96, norm='behind', condition='off')
-    assert torch.equal(extract(back, images, 96, norm='behind'), conditioned)
-    assert torch.equal(extract(back, images, 96, norm='behind', condition='off'), off)
+    conditioned, off = extract(run, images, 96, norm='after'), extract(run, images, 96, norm='after', condition='off')
+    assert torch.equal(extract(back, images, 96, norm='after'), conditioned)
+    assert torch.equal(extract(back, images, 96, norm='after', condition='off'), off)
     assert torch.equal(extract(convert(convert(run, tmp_path/'hf', to='hf'), tmp_path/'back_hf'), images, 96,
-                               norm='behind'), conditioned)
+                               norm='after'), conditioned)
     plain = convert(tmp_path/'x.pth.tar', tmp_path/'plain', condition='none')
-    assert torch.equal(extract(plain, images, 96, norm='behind'), off)
-    assert torch.equal(extract(plain, images, 96, norm='behind', condition=(4, 4)), conditioned)
+    assert torch.equal(extract(plain, images, 96, norm='after'), off)
+    assert torch.equal(extract(plain, images, 96, norm='after', condition=(4, 4)), conditioned)
     with pytest.raises(InteropError, match='is a run, whose config states its conditioning'):
         convert(run, tmp_path/'no.pth.tar', condition='positions')
     torch.save(torch.load(tmp_path/'x.pth.tar', weights_only=True) | dict(condition=dict(kind='spells')),
@@ -384,35 +387,34 @@ def test_a_file_with_one_network(tmp_path):
 
 
 def test_probes_at_another_size(tmp_path):
-    "Positions computed on, or stretched as others do."
-    run, few = our_run(SIZES[3], tmp_path/'run', dict(kind='positions')), dict(layers='last', train_images=40,
-                                                                               test_images=40, progress=False)
-    images, test = open_source('scenes', images=40, side=128), open_source('scenes', images=40, side=128, split='test')
-    native, forced = (evaluate(run, images, test, stretch=s, **few) for s in (False, True))
-    on, over = (evaluate(run, images, test, side=128, stretch=s, **few) for s in (False, True))
+    "Positions are computed for another size, or interpolated as others do."
+    run, cfg = our_run(SIZES[3], tmp_path/'run', dict(kind='positions')), EvalConfig(layers='last')
+    images, test = (open_source('scenes', images=40, side=128, split=s) for s in ('train', 'test'))
+    def result(**kw): return evaluate(run, images, test, replace(cfg, **kw), progress=False)
+    native, forced = (result(stretch=s) for s in (False, True))
+    computed, interpolated = (result(side=128, stretch=s) for s in (False, True))
     assert native['knn'] == forced['knn'] and native['acc'] == forced['acc']
-    assert (on['stretched'], over['stretched']) == (False, True)
+    assert (computed['stretched'], interpolated['stretched']) == (False, True)
     teacher = open_run(run, parts=('teacher',))[0].teacher
-    for r, encoder in ((on, teacher), (over, interpolate_pos_embed(teacher, 12, 16))):
-        seen = [t for s in (images, test) for t in (extract(encoder, s, 128, depths=[2], norm='behind')[:, 0],
-                                                    torch.as_tensor(s.labels))]
-        assert r['knn'] == [float(knn(*seen).mean())]
+    for r, encoder in ((computed, teacher), (interpolated, interpolate_pos_embed(teacher, 12, 16))):
+        z = [extract(encoder, s, 128, depths=[2], norm='after')[:, 0] for s in (images, test)]
+        y = [torch.as_tensor(s.labels) for s in (images, test)]
+        assert r['knn'] == [float(knn(z[0], y[0], z[1], y[1]).mean())]
     with pytest.raises(ValueError, match='raw pixels have no positions'):
-        evaluate('pixels', images, test, stretch=True, **few)
-    r = jepa_nb('eval', run, '--side', 128, '--stretch', '--train-images', 20, '--test-images', 20, '--train', 'scenes',
-                '--test', 'scenes', '--layers', 'last', '--out', tmp_path/'stretched.json')
-    assert r.returncode == 0 and json.loads((tmp_path/'stretched.json').read_text())['stretched'] is True, r.stderr
+        evaluate('pixels', images, test, EvalConfig(layers='last', stretch=True), progress=False)
+    r = jepa_nb('eval', run, 'eval.side=128', 'eval.stretch=true', 'eval.train_images=20', 'eval.test_images=20',
+                'eval.layers=last', '--train', 'scenes', '--test', 'scenes', '--out', tmp_path/'stretched.json')
+    assert r.returncode == 0, r.stderr
+    assert json.loads((tmp_path/'stretched.json').read_text())['stretched'] is True
 
 
 @pytest.mark.parametrize('to', ['x.pth.tar', 'hf'])
 def test_rank_scores_of_a_converted_checkpoint(tmp_path, to):
     "Nobody says after how many updates it was written; where there is no student, what needs one is left out."
     run, images = our_run(SIZES[3], tmp_path/'run'), open_source('scenes', images=40, side=96)
-    test, back = open_source('scenes', images=20, side=96,
-                             split='test'), convert(convert(run, tmp_path/to, to=None if '.' in to else to),
-                                                    tmp_path/'back')
-    first, last = rank_checkpoints(back, images, test, None, rank_images=20, lidar_images=10, lidar_views=3,
-                                   progress=False)['checkpoints']
+    test = open_source('scenes', images=20, side=96, split='test')
+    back = convert(convert(run, tmp_path/to, to=None if '.' in to else to), tmp_path/'back')
+    first, last = rank_checkpoints(back, images, test, RANKS, progress=False)['checkpoints']
     assert first['step'] == 0 and last['step'] is None and last['rankme'] > 1
     assert (last['lidar_released'] is None) == (to == 'hf')
 
@@ -438,24 +440,24 @@ def test_the_student_and_rank_scores_without_positions(tmp_path):
     "EC leaves open which encoder is evaluated and whether rank scores are conditioned on positions: both are options."
     run, images = our_run(SIZES[3], tmp_path/'run', dict(kind='positions')), open_source('scenes', images=40, side=96)
     test = open_source('scenes', images=20, side=96, split='test')
-    how = dict(rank_images=20, lidar_images=10, lidar_views=3, progress=False)
-    conditioned, off = (rank_checkpoints(run, images, test, None, conditioned=c, **how) for c in (True, False))
+    scores = lambda run, ranks: rank_checkpoints(run, images, test, ranks, progress=False)
+    conditioned, off = (scores(run, replace(RANKS, conditioned=c)) for c in (True, False))
     assert (conditioned['conditioned'], off['conditioned']) == (True, False)
     assert all(a[m] != b[m] for a, b in zip(conditioned['checkpoints'], off['checkpoints'])
                for m in ('rankme', 'lidar', 'rankme_released', 'lidar_released'))
     plain = convert(convert(run, tmp_path/'x.pth.tar'), tmp_path/'plain', condition='none')
-    as_plain = rank_checkpoints(plain, images, test, None, **how)['checkpoints'][-1]
+    as_plain = scores(plain, RANKS)['checkpoints'][-1]
     assert all(off['checkpoints'][-1][m] == pytest.approx(as_plain[m], rel=1e-4) for m in ('rankme', 'lidar'))
-    d, many = torch.load(tmp_path/'x.pth.tar', weights_only=True), open_source('scenes', images=100, side=96,
-                                                                               split='test')
-    # after so few updates it is the teacher still
+    d = torch.load(tmp_path/'x.pth.tar', weights_only=True)
+    many = open_source('scenes', images=100, side=96, split='test')
+    # after so few updates the student still equals the teacher
     d['encoder'] = {k: v if k.endswith('pos_embed')
                     else v*(1+torch.randn(v.shape, generator=torch.Generator().manual_seed(1)))
                     for k, v in d['encoder'].items()}
     torch.save(d, tmp_path/'apart.pth.tar')
-    both, alone = convert(tmp_path/'apart.pth.tar', tmp_path/'both'), convert(tmp_path/'apart.pth.tar',
-                                                                              tmp_path/'alone', part='encoder')
-    student, same, teacher = (evaluate(r, images, many, progress=False, **kw)
+    both = convert(tmp_path/'apart.pth.tar', tmp_path/'both')
+    alone = convert(tmp_path/'apart.pth.tar', tmp_path/'alone', part='encoder')
+    student, same, teacher = (evaluate(r, images, many, EvalConfig(**kw), progress=False)
                               for r, kw in ((both, dict(part='encoder')), (alone, {}), (both, {})))
     found = [[r[k] for k in ('acc', 'knn', 'val_acc')] for r in (student, same, teacher)]
     assert (student['features'], teacher['features']) == ('student', 'teacher') and found[0] == found[1] != found[2]
