@@ -155,7 +155,7 @@ def max_conditioning_tokens(
     side = cfg.scale.max_side
     images = max(1, pack.image//side**2) if pack.pool > 1 else 1 # of a row
     def most(n, k): return max(1, -(-n//k) if condition.remainder == 'short' else n//k) # tokens of n patches
-    def size(m): return int(pool_size(torch.tensor(m, device='cpu'), condition)) # not on meta, where a model may be built
+    def size(m): return int(pool_size(torch.tensor(m, device='cpu'), condition)) # a model may be on meta
     sizes = {h*w: size(h*w) for h, w in target_sizes((side, side), masks)} # patches of a block -> of a token
     if condition.blocks == 'separate': targets = max(masks.targets*most(m, k) for m, k in sizes.items())
     else: targets = max(most(masks.targets*m, k) for m, k in sizes.items())
@@ -173,7 +173,7 @@ def shuffle_positions(
     "Permute the positions of the patches at random, within each image (a control)."
     order = torch.rand(image.sample.shape, generator=g, device=image.sample.device).argsort(1)
     by_image = image.sample.argsort(dim=1, stable=True) # slots, image by image
-    shuffled = order.gather(1, image.sample.gather(1, order).argsort(dim=1, stable=True)) # in random order in each image
+    shuffled = order.gather(1, image.sample.gather(1, order).argsort(dim=1, stable=True)) # shuffled in each image
     two = lambda ids: ids[..., None].expand(-1, -1, 2)
     pos = torch.zeros_like(image.pos).scatter(1, two(by_image), image.pos.gather(1, two(shuffled)))
     return image._replace(pos=pos)
@@ -202,7 +202,7 @@ class Conditioner(nn.Module):
         return self.make_tokens(pack, context_groups(pack, self.masks, self.cfg), slots, g)
 
     def targets_by_block(self, pack:Pack, g:torch.Generator|None=None)->Tokens: # [kb e d]
-        "Conditioning tokens of a context encoder that runs once per target block: all rows with block 0, then block 1, ..."
+        "Conditioning tokens of a context encoder that runs once per target block: all rows with block 0, then 1, ..."
         k = self.masks.segments
         def repeat(x): return x.repeat(k, *[1]*(x.ndim-1))
         target = torch.cat([pack.target.masked_fill(pack.segment != j, -1) for j in range(k)])

@@ -90,8 +90,7 @@ class MaskConfig:
     contexts:Count=1                # context blocks per image; each is used with the same crop and targets
     min_keep:Whole|None=None        # blocks must contain more patches; None: 10 of 196, in proportion (reference: 10)
     coupled:bool=False              # draw area and aspect of a block from one random number; reference always does
-    # consecutive images that share block sizes, and whose contexts are truncated to the shortest of them
-    # (IJ: the batch of one device); 0: none do
+    # consecutive images with the same block sizes and one context length, the shortest (IJ: one device's); 0: none
     mask_group:Whole=0
 
     def __post_init__(self):
@@ -111,7 +110,7 @@ class MaskConfig:
         "Return the number of targets that are predicted separately."
         return 1 if self.kind == 'window' else self.targets
     @property
-    def said(self)->str:
+    def label(self)->str:
         "Return the kind of mask, for tables of results."
         return f'windows of {self.window}' if self.kind == 'window' else f'multi-block, {self.mode}'
 
@@ -206,14 +205,11 @@ class ObjectiveConfig:
 @dataclass(frozen=True, config=STRICT)
 class ConditionConfig:
     "Conditioning tokens: pooled positions of the other side's patches, given to an encoder (EC §2)."
-    # positions: EC; the others are controls. shuffled: random positions of the same image; learned: tokens that do not
-    # depend on the image
+    # positions: EC; controls: random positions of the same image (shuffled), tokens independent of it (learned)
     kind:Literal['none', 'positions', 'shuffled', 'learned']='none'
-    # training: pool the positions of a block of m patches in chunks of m // chunks_per_block; 0: no pooling.
-    # A window always becomes one token
+    # training: pool a block of m patches in chunks of m // chunks_per_block; 0: no pooling. A window becomes one token
     chunks_per_block:Whole=2
-    # training, where m / chunks_per_block is no integer. floor, ceil: how it is rounded; an incomplete last chunk is
-    # left out. short: floor, and the incomplete chunk is kept
+    # training: rounding of m / chunks_per_block; an incomplete last chunk is left out. short: floor, and it is kept
     remainder:Literal['floor', 'ceil', 'short']='floor'
     # training: pool each target block by itself; joined: all blocks as one sequence; union: the same, each patch once
     blocks:Literal['separate', 'joined', 'union']='separate'
@@ -223,13 +219,11 @@ class ConditionConfig:
     passes:Literal['one', 'each']='one'
     # training. kept: pass the encoder's outputs at the conditioning tokens to the predictor
     predictor:Literal['dropped', 'kept']='dropped'
-    # type: add a learned vector to the tokens; projection: multiply them by a learned matrix. Neither changes a token
-    # before the first update
+    # type: add a learned vector to the tokens (initially 0); projection: multiply by a learned matrix (the identity)
     token_embedding:Literal['none', 'type', 'projection']='none'
     kernel:Count=4       # inference: patches per side of the squares that become one token; they tile the whole image
     stride:Count=4       # inference: patches from one square to the next
-    # inference, where squares do not tile the image. floor: leave patches out; ceil: add smaller squares; adaptive: as
-    # many squares as nearest to side / stride
+    # inference, where squares do not fit: leave patches out; add smaller squares; as many as nearest to side / stride
     edge:Literal['floor', 'ceil', 'adaptive']='floor'
     in_mean:bool=False   # inference: include the conditioning tokens in the image's mean feature
     learned:Count=64     # learned: number of different tokens, used in turn
@@ -260,7 +254,7 @@ class OptimConfig:
     weight_decay_end:NonNeg|None=None # at the end of the run, reached along half a cosine (IJ); None: constant
     decay_mask:bool=False  # apply weight decay to the mask token too (IJ)
     decay_all:bool=False   # apply it to norms, biases, alpha and the mask token too (FN's code)
-    stretch:AtLeast1=1.    # compute IJ's schedules (lr, weight decay, teacher) as if the run were this many times as long
+    stretch:AtLeast1=1.    # IJ's schedules (lr, weight decay, teacher) as if the run were this many times as long
 
 # %% ../nbs/00_config.ipynb #7fbb9e7c
 @dataclass(frozen=True, config=STRICT)

@@ -62,7 +62,6 @@ def features(
     hidden = encoder.hidden(row, depths, extra=extra, keep_extra=counts_in_mean(encoder))
     if norm == 'after': hidden = [encoder.norm(h) for h in hidden]
     if norm == 'both': hidden = [*hidden, encoder.norm(hidden[-1])]
-    slots = row.sample.shape[1]//per_row # of an image
     alone = lambda t: rearrange(t, 'b (k n) ... -> (b k) n ...', k=per_row)[:len(images)]
     if pool == 'none': return torch.stack([alone(h[:, :row.sample.shape[1]]) for h in hidden], 1).float()
     counted = torch.cat((row.sample, extra.sample), 1) if hidden[0].shape[1] > row.sample.shape[1] else row.sample

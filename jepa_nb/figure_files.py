@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from .files import file_hash, git_commit, machine, repo_root, short_path, versions, weights_file, write_atomic
+from .files import sha256, git_commit, machine, repo_root, short_path, versions, weights_file, write_atomic
 from .recipes import load_config
 from .show import STYLE
 
@@ -221,7 +221,7 @@ def is_stale(
 )->bool:
     "Whether a figure's CSV or PNG is another than its JSON was written for."
     sums = json.loads(Path(f'{out}.json').read_text()).get('sha256', {})
-    return any(not (p := Path(f'{out}.{k}')).is_file() or file_hash(p) != sums.get(k) for k in ('csv', 'png'))
+    return any(not (p := Path(f'{out}.{k}')).is_file() or sha256(p) != sums.get(k) for k in ('csv', 'png'))
 
 def _is_drawn(out:str, png:bytes, text:str, about:dict)->bool:
     "Whether the files of a figure hold this picture and these numbers; if so they get a new date, for the graph."
@@ -250,8 +250,8 @@ def save_figure(
     if not written_scale(fig): write_scale(fig, scale_line(tier, checkpoints), tier not in COMMITTED)
     with plt.rc_context(STYLE): fig.savefig(png, format='png', metadata={'Software':None})  # no version inside: equal figures are equal bytes
     png, text = png.getvalue(), table_csv(table)
-    hashes = {short_path(c):file_hash(w) for c in checkpoints if (w := weights_file(c))}
-    masks = sorted({load_config(f).masks.said for c in checkpoints if (w := weights_file(c)) and (f := w.parent/'config.yaml').is_file()})
+    hashes = {short_path(c):sha256(w) for c in checkpoints if (w := weights_file(c))}
+    masks = sorted({load_config(f).masks.label for c in checkpoints if (w := weights_file(c)) and (f := w.parent/'config.yaml').is_file()})
     about = dict(figure=Path(out).name, tier=tier, claim=claim, parameters=params, commit=git_commit(), checkpoints=hashes, masks=masks,
                  versions=versions(), machine=machine(), seconds=None if seconds is None else round(seconds, 1),
                  scale=written_scale(fig), notes=notes,

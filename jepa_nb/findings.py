@@ -19,7 +19,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from .files import RunError, repo_root as repository, short_path
-from .progress import wrapped
+from .progress import wrap_text
 from .stats import bootstrap
 
 # %% ../nbs/72_findings.ipynb #f733865c
@@ -282,8 +282,8 @@ def summary_lines(
 )->list[str]:
     "The findings of a tier in two paragraphs: FN's pair with its depth heads, and EC's pair."
     found, lines = findings(tier, root), []
-    if not found: return wrapped(f'{tier}: nothing was evaluated yet', 'learned ', width)
-    if tier == 'smoke': lines += wrapped(SMOKE_NOTE, 'smoke   ', width)
+    if not found: return wrap_text(f'{tier}: nothing was evaluated yet', 'learned ', width)
+    if tier == 'smoke': lines += wrap_text(SMOKE_NOTE, 'smoke   ', width)
     for label, pair in (('norms   ', 'FN'), ('EC      ', 'EC')):
-        if fs := [f for f in found if f.pair == pair]: lines += wrapped(short_text(fs), label, width)
+        if fs := [f for f in found if f.pair == pair]: lines += wrap_text(short_text(fs), label, width)
     return lines

@@ -177,7 +177,7 @@ def encode(
     condition=None,      # see `features`
 )->tuple[Tensor,list[Tensor]]: # pooled [i d], and dense [y x d] of every image
     "Features of images, pooled and dense; of a single image, too."
-    if isinstance(images, (bytes, str, Path, Image.Image)) or getattr(images, 'ndim', 4) < 4: images = [images]
+    if isinstance(images, (str, Path, Image.Image)) or getattr(images, 'ndim', 4) < 4: images = [images]
     if not len(images): raise ValueError("no images to encode")
     if isinstance(model, (str, Path)):
         model, cfg = open_run(model, parts=('teacher',))

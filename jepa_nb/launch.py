@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JOBS', 'ENGINE', 'TIER_ORDER', 'ASKS', 'die_with_parent', 'join_job_lock', 'launch_lock', 'wait_for_earlier_jobs',
            'graph_environment', 'snakemake_command', 'forward_signals', 'run_child', 'planned_jobs', 'run_jobs',
-           'raise_missing', 'report_inputs', 'refresh_report', 'next_command', 'last_lines', 'print_drawn_figures',
+           'raise_missing', 'report_inputs', 'refresh_report', 'next_command', 'closing_lines', 'print_drawn_figures',
            'print_job_times', 'print_plan', 'print_dry_run', 'run_graph']
 
 # %% ../nbs/73_launch.ipynb #e3aef5ab
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import click
 
-from .progress import Progress, duration, job_of, plan_lines, tail, wall_seconds, wrapped
+from .progress import Progress, duration, parse_job, plan_lines, last_lines, wall_seconds, wrap_text
 from .tiers import CliError, missing_path, read_tier, scenes_folder
 
 # %% ../nbs/73_launch.ipynb #cd43281d
@@ -158,7 +158,7 @@ def planned_jobs(
     jobs, stopped = [], []
     def read(line):
         event = json.loads(line)
-        if event['event'] == 'job_info' and event['rule_name'] != 'all': jobs.append(job_of(event, budget))
+        if event['event'] == 'job_info' and event['rule_name'] != 'all': jobs.append(parse_job(event, budget))
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         code = run_child([*command, '--dry-run', '--quiet', 'all'], env, out, read, note=lambda: stopped.append(True),
                          notes=err)
@@ -193,8 +193,8 @@ def raise_missing(
     log:Path,          # Snakemake's own log
 ):
     "Print what is missing after a graph that failed, and raise CliError."
-    if missing := progress.missing(): click.echo('\n'.join(wrapped(', '.join(missing), 'missing ', most=8)))
-    elif not progress.failed: click.echo('\n'.join(f'  | {line}' for line in tail(log)))
+    if missing := progress.missing(): click.echo('\n'.join(wrap_text(', '.join(missing), 'missing ', most=8)))
+    elif not progress.failed: click.echo('\n'.join(f'  | {line}' for line in last_lines(log)))
     raise CliError(f"{len(progress.failed)} of {len(progress.jobs)} jobs failed (Snakemake's exit code {code}); "
                    f"its log: {log}; the same command tries again what is missing")
 
@@ -220,7 +220,7 @@ def refresh_report(
     cli = os.environ.get('JEPA_NB_CLI') or f'exec {shlex.quote(sys.executable)} -m jepa_nb.cli'
     with open(log, 'wb') as f:
         code = subprocess.call(f'{cli} report', shell=True, env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=f)
-    last = (tail(str(log), 1) or [f'exit code {code}'])[0]
+    last = (last_lines(str(log), 1) or [f'exit code {code}'])[0]
     return f'not built: {last}; see {log}' if code else str(page)
 
 def next_command(
@@ -237,7 +237,7 @@ def next_command(
     if after == 'small': return f'.venv/bin/jepa_nb data cifar10 {shlex.quote(folder)}/cifar10 && {make}'
     return f"{make}; it needs {path} (README, 'Real images')"
 
-def last_lines(
+def closing_lines(
     tier:str,
     folder:str, # what $DATA is
     report:str, # of `refresh_report`
@@ -246,8 +246,8 @@ def last_lines(
     from jepa_nb.findings import ledger_text, summary_lines
     ledger = ledger_text((tier, 'small', 'medium')).replace(': ', ':\xa0')
     command = next_command(tier, folder)
-    lines = summary_lines(tier)+wrapped(ledger, 'ledger  ')+wrapped(report, 'report  ')
-    return lines+(wrapped(command, 'next    ') if command else [])
+    lines = summary_lines(tier)+wrap_text(ledger, 'ledger  ')+wrap_text(report, 'report  ')
+    return lines+(wrap_text(command, 'next    ') if command else [])
 
 def print_drawn_figures(
     tier:str,
@@ -256,8 +256,8 @@ def print_drawn_figures(
 ):
     "Print which figures were drawn from committed checkpoints, and which not."
     drawn = sorted(j.name.removeprefix('figure ') for j, _ in progress.finished.values() if j.rule == 'figure')
-    lines = wrapped(f'{len(drawn)} in figures/{tier}: '+', '.join(drawn), 'drawn   ') if drawn else []
-    for note in notes: lines += wrapped(note, 'not     ')
+    lines = wrap_text(f'{len(drawn)} in figures/{tier}: '+', '.join(drawn), 'drawn   ') if drawn else []
+    for note in notes: lines += wrap_text(note, 'not     ')
     click.echo('\n'.join(lines))
 
 def print_job_times(
@@ -271,7 +271,7 @@ def print_job_times(
     planned = wall_seconds(progress.jobs, progress.cores)
     text = f"{len(rows)} of {len(progress.jobs)} jobs in {duration(seconds)}"+(f', planned {duration(planned)}'
         if planned else '')
-    click.echo('\n'.join(wrapped(f'{text}; each of them in {log}', 'done    ')))
+    click.echo('\n'.join(wrap_text(f'{text}; each of them in {log}', 'done    ')))
 
 # %% ../nbs/73_launch.ipynb #5e3d0007
 # words for Snakemake that ask a question and run nothing
@@ -290,11 +290,11 @@ def print_plan(
         has_committed = Path(f'figures/{tier}/checkpoints').is_dir()
         text = (f'every seed is {seed} more: runs in runs/{tier}/*/seed<k>, images in {scenes_folder(tier, seed)}; '
                 f'figures/{tier} is drawn anew from them'+'; the committed ones come back by git checkout'*has_committed)
-        click.echo('\n'.join(wrapped(text, 'seed    ')))
+        click.echo('\n'.join(wrap_text(text, 'seed    ')))
     cost = wall_seconds(jobs, cores)
     time_text = duration(cost) if cost else 'time not known'
     text = f"{tier}: {len(jobs)} jobs, planned {time_text} on {cores} core{'s'*(cores > 1)}; logs in runs/{tier}/logs"
-    click.echo('\n'.join(wrapped(text, 'plan    ')))
+    click.echo('\n'.join(wrap_text(text, 'plan    ')))
 
 def print_dry_run(
     command:list[str], # of `snakemake_command`
@@ -305,7 +305,7 @@ def print_dry_run(
     "Print the jobs that would run, and why."
     jobs, notes = planned_jobs(command, graph_environment(folder), budget)
     click.echo('\n'.join(plan_lines(jobs, cores)))
-    for note in notes: click.echo('\n'.join(wrapped(note)), err=True)
+    for note in notes: click.echo('\n'.join(wrap_text(note)), err=True)
 
 def run_graph(
     tier:str,
@@ -321,7 +321,7 @@ def run_graph(
         wait_for_earlier_jobs()
         env, logs, start = graph_environment(folder), Path(f'runs/{tier}/logs'), time.monotonic()
         jobs, notes = planned_jobs(command, env, budget)
-        for note in () if committed else notes: click.echo('\n'.join(wrapped(note, 'note    ')))
+        for note in () if committed else notes: click.echo('\n'.join(wrap_text(note, 'note    ')))
         code, progress, log = 0, Progress([], cores), logs/'snakemake.txt'
         if jobs:
             print_plan(tier, seed, cores, jobs)
@@ -330,5 +330,5 @@ def run_graph(
             print_job_times(progress, logs/'seconds.tsv', time.monotonic()-start)
         else: click.echo(f'{tier}: nothing to do, everything is up to date')
         if committed: print_drawn_figures(tier, progress, notes)
-        else: click.echo('\n'.join(last_lines(tier, folder, refresh_report(env, logs/'report.txt'))))
+        else: click.echo('\n'.join(closing_lines(tier, folder, refresh_report(env, logs/'report.txt'))))
         if code: raise_missing(code, progress, log)

@@ -34,7 +34,8 @@ def apply_rope(
 )->Tensor:       # [... h d]
     "Rotate neighbouring channel pairs by the angles of `rope`, in float32."
     pairs, rope = x.float().unflatten(-1, (-1, 2)), rope[..., None, :, :]
-    if x.is_cpu and not torch.compiler.is_compiling(): # one complex product: 7 times faster on a CPU; a compiler cannot trace it
+    # one complex product is 7 times faster on a CPU; a compiler cannot trace it
+    if x.is_cpu and not torch.compiler.is_compiling():
         return torch.view_as_real(torch.view_as_complex(pairs)*torch.view_as_complex(rope)).flatten(-2).to(x.dtype)
     (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
     return torch.stack((a*cos - b*sin, a*sin + b*cos), -1).flatten(-2).to(x.dtype)
@@ -78,7 +79,7 @@ def attend_dense(
 class TokenLayout(NamedTuple):
     "The order of a batch's tokens in memory while they pass through the blocks."
     shape:tuple[int,int]          # rows, slots
-    order:Tensor|None             # [n] slot (row*slots + column) of each flat token; None: all slots, in their own order
+    order:Tensor|None             # [n] slot (row*slots + column) of each flat token; None: all slots, in order
     groups:tuple                  # (images, tokens each), in the order of the flat tokens; () in the dense form
     attend:Tensor|None            # [b n n] bool; None in the flat form
     is_real:Tensor|None           # [b*n] bool; None: every flat token is real

@@ -108,7 +108,7 @@ class Encoder(nn.Module):
     )->tuple[list[Tensor],TokenLayout,Tensor|None]: # flat [n d] of the last or of all depths; layout; auxiliary loss
         "Patch embedding, positions and blocks: all of the encoder before its output norm."
         if tokens.x.shape[-1] != 3*self.patch**2:
-            raise ValueError(f"patches have {tokens.x.shape[-1]} values; this encoder takes 3*{self.patch}*{self.patch}")
+            raise ValueError(f"patches have {tokens.x.shape[-1]} values, this encoder takes 3*{self.patch}*{self.patch}")
         lay = token_layout(tokens.sample, form)
         x = lay.flat(tokens.x)
         if x.dtype == torch.uint8: x = to_unit(x, 'bfloat16' if self.pixels == 'unit_bfloat16' else 'float32')
@@ -202,7 +202,8 @@ class Predictor(nn.Module):
             row, column = lay.order.div(c+t, rounding_mode='floor'), lay.order%(c+t)
             where = (row*c + column)[column < c]                  # context slots, in the order of the flat tokens
             x = self.embed(z.index_select(0, source.flatten()[where]))
-            x = self.mask_token.to(x.dtype).repeat(len(lay.order), 1).index_copy(0, (column < c).nonzero().squeeze(1), x)
+            masked = self.mask_token.to(x.dtype).repeat(len(lay.order), 1)
+            x = masked.index_copy(0, (column < c).nonzero().squeeze(1), x)
         x, rope = add_positions(x, lay.flat(torch.cat((context.pos, target.pos), 1)), self)
         hidden, moe_loss = run_blocks(self, x, rope, lay)
         x = hidden[-1]
@@ -222,15 +223,19 @@ def interpolate_pos_embed(
     side:int|tuple[int,int],   # patches per side of the images to encode, or down and across
 )->Encoder:                    # shares all weights; for inference, not for training
     "Encoder with position embeddings interpolated to another grid (bicubic), as in Hugging Face and timm."
-    if encoder.position == 'rope': raise ValueError("interpolate_pos_embed: an encoder with position=rope has no position embeddings")
+    if encoder.position == 'rope':
+        raise ValueError("interpolate_pos_embed: an encoder with position=rope has no position embeddings")
     size = (side, side) if isinstance(side, int) else tuple(side)
     if not isinstance(native, int) or len(size) != 2 or any(not isinstance(n, int) or n < 1 for n in (native, *size)):
         raise ValueError(f"interpolate_pos_embed: from {native} to {side} patches: "
                          "should be numbers of patches, such as from 14 to 28, or from 14 to (28, 20)")
     if encoder.pos_embed is not None: table = encoder.pos_embed
-    else: table = sincos2d(positions((native, native)).to(encoder.sincos_table.device), encoder.sincos_table).unflatten(0, (native, native))
+    else:
+        pos = positions((native, native)).to(encoder.sincos_table.device)
+        table = sincos2d(pos, encoder.sincos_table).unflatten(0, (native, native))
     channels_first = table.detach().float().permute(2, 0, 1)[None]
-    wide = F.interpolate(channels_first, size=size, mode='bicubic', align_corners=False)[0].permute(1, 2, 0).contiguous()
+    wide = F.interpolate(channels_first, size=size, mode='bicubic', align_corners=False)[0]
+    wide = wide.permute(1, 2, 0).contiguous() # [y x d]
     out = copy(encoder) # shallow: only the dictionary of its parameters is new
     out.__dict__ = {k:v for k, v in encoder.__dict__.items() if k != 'pos_embed'}
     out._parameters = encoder._parameters | dict(pos_embed=nn.Parameter(wide, requires_grad=False))

@@ -84,7 +84,7 @@ def by_choice(
     ids = choose(gate, tokens)                                     # [e k]
     h = torch.baddbmm(moe.b1[:, None].to(x.dtype), x[ids], moe.w1.to(x.dtype))
     h = torch.baddbmm(moe.b2[:, None].to(x.dtype), F.gelu(h, approximate=moe.approximate), moe.w2.to(x.dtype))
-    taken = gate.gather(0, ids.T).T.clamp(min=0)                   # [e k]; padding, taken where k exceeds the real tokens, counts 0
+    taken = gate.gather(0, ids.T).T.clamp(min=0)                   # [e k]; 0 where an expert had to take padding
     y = torch.zeros_like(x).index_add(0, ids.flatten(), (h*taken[..., None]).flatten(0, 1).to(x.dtype))
     return y, ids
 
@@ -112,7 +112,7 @@ def follow_threshold(
     "Move each expert's threshold towards the middle between its k-th and its next largest probability."
     if lay.is_real is not None and not moe.capacity_padding: p = p.masked_fill(~lay.is_real[:, None], 0.)
     top = p.topk(min(k+1, len(p)), dim=0).values
-    kth = top[k-1] if moe.capacity_padding else (top[k-1]+top[-1])/2 # differs from FN's code, which takes the k-th itself
+    kth = top[k-1] if moe.capacity_padding else (top[k-1]+top[-1])/2 # differs from FN's code: there top[k-1]
     moe.threshold.lerp_(kth, torch.where(moe.seen, 1-moe.beta, 1.).to(kth))
     moe.seen.fill_(True)
 

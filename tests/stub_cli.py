@@ -31,7 +31,7 @@ elif verb == 'train':
     (out/'done.json').write_text('{}')
 elif verb == 'eval':
     Path(given['--out']).parent.mkdir(parents=True, exist_ok=True)
-    if '--sets' in given: names = [k for k in yaml.safe_load(Path(given['--sets']).read_text())['ood'] if k != 'runs']
+    if '--sets' in given: names = list(yaml.safe_load(given['--sets']))
     else: names = [b.replace(',', '-') for a, b in zip(words, words[1:]) if a == '--condition'] or ['probe']
     for name in names: Path(given['--out'].replace('{set}', name).replace('{condition}', name)).write_text(json.dumps(FOUND | dict(words=' '.join(words))))
 elif verb in ('depth', 'ranks'):

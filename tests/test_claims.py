@@ -243,8 +243,8 @@ def test_one_size_alone_does_not_make_both(tmp_path):
 
 def test_the_paper_contradicts_itself():
     "Its own table against its own words, from the published CSVs."
-    from jepa_nb.claims_ec import LOCAL, OOD, ahead
     from jepa_nb.claims import published
+    from jepa_nb.claims_ec import LOCAL, OOD, ahead
     from jepa_nb.ledger import resolve
     P = published('EC')
     assert [[c for c in OOD+LOCAL if ahead(P, c, size) < 0] for size in (1, 2)] == [['eurosat', 'clevr_dist']]*2

@@ -15,15 +15,15 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import jepa_nb.images as images
-import jepa_nb.shards as shards
-import jepa_nb.writing as writing
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+import jepa_nb.images as images
+import jepa_nb.shards as shards
+import jepa_nb.writing as writing
 from jepa_nb.images import BadImage, DataError, image_size, to_rgb
 from jepa_nb.sets import file_md5, shards_from_cifar10
 from jepa_nb.shards import plain_tar, shard_index, write_shard, write_shards

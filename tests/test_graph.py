@@ -20,14 +20,19 @@ TIER = dict(
     data=dict(train=dict(kind='scenes', images=1500, side=32, seed=0), test=dict(kind='scenes', images=500, side=32, seed=0)),
     settings={'run.steps': 10},
     runs=dict(fn_ln=dict(recipe='params/train/fn_tiny_layernorm.yaml', seeds=[0]), fn_tanh=dict(recipe='params/train/fn_tiny_dyntanh.yaml', seeds=[0, 1])),
-    eval=dict(epochs=2), figures=dict(a=dict(runs=dict(ln='fn_ln', dyntanh='fn_tanh'), params=dict(images=8)), b=dict(params=dict(images=3))))
+    eval=dict(protocol='adam', epochs=2), figures=dict(a=dict(runs=dict(ln='fn_ln', dyntanh='fn_tanh'), params=dict(images=8)), b=dict(params=dict(images=3))))
+
+
+def notebook(module):
+    "A figure whose code imports a module."
+    return NOTEBOOK.replace(']}]}', f']}}, {{"cell_type": "code", "metadata": {{}}, "source": ["from jepa_nb.{module} import x"]}}]}}')
 
 
 def clone(folder, tier=TIER):
     "A tree with the real workflow and two invented figures."
     for d in ('workflow', 'params', 'jepa_nb'): shutil.copytree(ROOT/d, folder/d, ignore=shutil.ignore_patterns('__pycache__'))
     (folder/'nbs/figures').mkdir(parents=True)
-    for stem in 'ab': (folder/f'nbs/figures/{stem}.ipynb').write_text(NOTEBOOK)
+    for name, module in dict(a='maps', b='show').items(): (folder/f'nbs/figures/{name}.ipynb').write_text(notebook(module))
     (folder/'params/tiny.yaml').write_text(yaml.safe_dump(tier))
     makefile = (ROOT/'Makefile').read_text().replace('.venv/bin/python', sys.executable)
     (folder/'Makefile').write_text(re.sub(r'^(\w+): setup$', r'\1:', makefile, flags=re.M))
@@ -82,11 +87,17 @@ CHANGES = {
     'a width':                 (changed(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(settings={'encoder.depth': 2}))), dict(train=1, evaluate=1, random_init=1, figure=1)),
     'the steps of all':        (changed(settings={'run.steps': 20}), dict(train=3, evaluate=3, figure=1)),
     'a new seed':              (changed(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(seeds=[0, 1]))), dict(train=1, evaluate=1, random_init=1, figure=1)),
-    'the probe':               (changed(eval=dict(epochs=3)), dict(evaluate=3, random_init=3, raw_pixels=1, figure=1)),
-    'the probe of one run':    (changed(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(eval=dict(train_images=9, released=False)))), dict(evaluate=1, random_init=1, figure=1)),
+    'the probe':               (changed(eval=dict(protocol='adam', epochs=3)), dict(evaluate=3, random_init=3, raw_pixels=1, figure=1)),
+    'the probe of one run':    (changed(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(eval=dict(train_images=90, released=False)))), dict(evaluate=1, random_init=1, figure=1)),
     'a parameter of a figure': (changed(figures=TIER['figures'] | dict(b=dict(params=dict(images=5)))), dict(figure=1)),
     'a notebook':              (edited('nbs/figures/b.ipynb', lambda s: s.replace('4', '5')), dict(figure=1)),
-    'a module of figures':     (edited('jepa_nb/maps.py', lambda s: s+'#\n'), dict(figure=2)),
+    'code that a figure imports':   (edited('jepa_nb/maps.py', lambda s: s+'x = 1\n'), dict(figure=1)),
+    'a sentence in that code':      (edited('jepa_nb/maps.py', lambda s: s+'# so\n'), {}),
+    'code of an evaluation':        (edited('jepa_nb/heads.py', lambda s: s+'x = 1\n'), dict(evaluate=3, random_init=3, raw_pixels=1, figure=1)),
+    'a docstring of an evaluation': (edited('jepa_nb/heads.py', lambda s: s.replace('"""', '"""Other words. ', 1)), {}),
+    'code of features':             (edited('jepa_nb/features.py', lambda s: s+'x = 1\n'), dict(evaluate=3, random_init=3, raw_pixels=1, figure=1)),
+    'code of depth heads':          (edited('jepa_nb/depth.py', lambda s: s+'x = 1\n'), {}),
+    'code of the command line':     (edited('jepa_nb/cli.py', lambda s: s+'x = 1\n'), {}),
     'a module of training':    (edited('jepa_nb/train.py', lambda s: s+'#\n'), {}),
     'the images':              (changed(data=TIER['data'] | dict(train=TIER['data']['train'] | dict(seed=1))),
                                 dict(scenes_train=1, train=3, evaluate=3, random_init=3, raw_pixels=1, figure=1)),
@@ -121,7 +132,7 @@ def test_depth_heads(tmp_path):
     assert plan(folder) == dict(depth=3, random_depth=2, figure=1)
     changed(**tier | dict(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(settings={'encoder.depth': 2}))))(folder) # another trunk: two baselines more
     assert plan(folder)['random_depth'] == 4 and plan(folder)['depth'] == 2
-    edited('jepa_nb/depth.py', lambda s: s+'#\n')(folder)
+    edited('jepa_nb/depth.py', lambda s: s+'x = 1\n')(folder)
     changed(**tier)(folder)
     assert plan(folder) == dict(depth=6, random_depth=4, figure=1)
 
@@ -163,7 +174,7 @@ def test_other_data_sets(tmp_path):
     assert sorted(p.name for p in (runs/'fn_tanh/seed1/eval').iterdir()) == ['count.json', 'odd.json', 'probe.json'] and not (runs/'fn_ln/seed0/eval/odd.json').exists()
     assert sorted(p.name for p in (runs/'baselines').glob('*-odd.json')) == ['fn_tanh-seed0-odd.json', 'fn_tanh-seed1-odd.json', 'pixels-odd.json']
     said = (runs/'fn_tanh/seed1/eval/odd.json').read_text()
-    assert '--sets params/tiny.yaml' in said and 'runs/tiny/data/scenes/train-*.tar' in said and '--tier tiny' in said
+    assert 'odd: {data: elsewhere, protocol: ood_step}' in said and 'runs/tiny/data/scenes/train-*.tar' in said and '--tier tiny' in said
     changed(**tier | dict(ood=tier['ood'] | dict(count=dict(target='dist', cuts='scenes'))))(folder)
     assert plan(folder) == dict(ood=2, random_ood=2, pixels_ood=1)
 
@@ -180,7 +191,7 @@ def test_poolings(tmp_path):
     files = sorted(p.name for p in (folder/'runs/tiny/fn_tanh/seed1/eval').glob('pool*'))
     assert files == ['pool-1-1.json', 'pool-4-2.json', 'pool-4-4.json', 'pool-off.json'] and not list((folder/'runs/tiny/fn_ln/seed0/eval').glob('pool*'))
     said = (folder/'runs/tiny/fn_tanh/seed1/eval/pool-4-2.json').read_text()
-    assert '--train-images 50' in said and '--layers last' in said and '--epochs 2' in said and said.count('--condition') == 4
+    assert 'eval.train_images=50 ' in said and 'eval.layers=last' in said and 'eval.epochs=2' in said and said.count('--condition') == 4
     changed(**TIER | dict(pooling=pooling | dict(grid=[[4, 4]]), figures=TIER['figures'] | fig))(folder)
     assert plan(folder) == dict(pool=2, figure=1)
 

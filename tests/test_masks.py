@@ -9,7 +9,7 @@ import torch
 from scipy.stats import chisquare
 
 from jepa_nb.config import MaskConfig
-from jepa_nb.masks import check_blocks, resolve_min_keep, multiblock_splits, reference_splits, target_sizes
+from jepa_nb.masks import check_blocks, multiblock_splits, reference_splits, resolve_min_keep, target_sizes
 
 FIXED, REFERENCE = (MaskConfig(kind='multiblock', mode=m) for m in ('fixed', 'reference'))
 

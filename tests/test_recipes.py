@@ -14,7 +14,7 @@ from jepa_nb.jepa import JEPA
 from jepa_nb.model import Encoder, Predictor
 from jepa_nb.optim import beta_at, lr_at
 from jepa_nb.packing import check_slots
-from jepa_nb.recipes import load_config, setting_names
+from jepa_nb.recipes import ConfigError, load_config, make_config, setting_names
 from jepa_nb.tiers import as_overrides, read_tier
 from jepa_nb.train import train
 
@@ -134,3 +134,20 @@ def test_twins_differ_like_the_rows():
             assert (1-cfg.teacher.steady)/(1-twin[5].teacher.steady) == pytest.approx((1-full.teacher.steady)/(1-.999))
             assert (1-cfg.teacher.end)/(1-twin[5].teacher.end) == pytest.approx((1-full.teacher.end)/(1-.9995)) or n < 3 # a constant has no end of its own
         assert twin[7].encoder.experts > 1 and twin[7].pack.rows*2 == twin[5].pack.rows and twin[7].run.steps == 2*twin[5].run.steps
+
+
+@pytest.mark.parametrize('setting', ['run.epoch_images=abc', 'run.epoch_images=true', 'run.epochs=.inf', 'run.epochs=abc', 'run.step_images=0'])
+def test_epochs_of_no_number(setting):
+    "A wrong number among those that make steps of epochs is one line that names it."
+    with pytest.raises(ConfigError, match=f"^{setting.partition('=')[0]}: ") as e: make_config({}, ['run.epochs=3', 'run.step_images=950', setting])
+    assert '\n' not in str(e.value)
+
+
+def test_a_recipe_on_a_base_of_the_first_edition(tmp_path):
+    "Each file is translated by itself, so one setting may have its old name in the base and today's in the recipe."
+    (tmp_path/'base.yaml').write_text('released: true\nmasks: {kind: multiblock, group: 4}\npack: {image: 196, target: 160, pool: 1, rows: 4}\nscale: {kind: crop, max_side: 14}')
+    (tmp_path/'recipe.yaml').write_text('base: base.yaml\nauthors_code: false\nmasks: {mask_group: 2}')
+    cfg = load_config(tmp_path/'recipe.yaml', ['condition.kind=positions', 'condition.parts=3'])
+    assert (cfg.authors_code, cfg.masks.mask_group, cfg.condition.chunks_per_block) == (False, 2, 3)
+    with pytest.raises(ConfigError, match='base.yaml: masks.group: is called masks.mask_group now, and both are set'):
+        (tmp_path/'base.yaml').write_text('masks: {group: 4, mask_group: 4}'); load_config(tmp_path/'recipe.yaml')
