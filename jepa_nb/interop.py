@@ -6,10 +6,10 @@
 __all__ = ['NUMPY_NUMBERS', 'PICKLE_ERRORS', 'UNKNOWN_NETWORK', 'OFFICIAL_PARTS', 'CONDITIONED', 'PLACEHOLDERS', 'READERS',
            'WRITERS', 'FORMAT_NAMES', 'LoadedCheckpoint', 'first_line', 'read_pickle', 'read_tensors', 'strip_module',
            'read_condition', 'check_network', 'record_positions', 'heads_note', 'read_single_vit', 'official_keys',
-           'is_bare_vit', 'read_ijepa', 'read_config', 'tensor_files', 'read_hf', 'read_timm', 'parts_in', 'check_run',
-           'read_run', 'network_settings', 'config_for', 'single_network', 'own_storage', 'write_run', 'write_hf',
-           'check_sizes', 'write_timm', 'write_ijepa', 'recognise_format', 'infer_format', 'read_any', 'summary',
-           'convert']
+           'is_bare_vit', 'read_ijepa', 'read_config', 'tensor_files', 'read_hf', 'read_timm', 'parts_in',
+           'check_networks', 'read_run', 'network_settings', 'config_for', 'single_network', 'own_storage', 'write_run',
+           'write_hf', 'check_sizes', 'write_timm', 'write_ijepa', 'recognise_format', 'infer_format', 'read_any',
+           'summary', 'convert']
 
 # %% ../nbs/63_interop.ipynb #97acb63b
 import json
@@ -229,7 +229,7 @@ def parts_in(file:Path)->set[str]:
         with safe_open(file, 'pt') as f: return {k.partition('.')[0] for k in f.keys()}
     except (OSError, SafetensorError) as e: raise InteropError(f"{file}: cannot be read: {first_line(e)}") from None
 
-def check_run(
+def check_networks(
     jepa,            # JEPA, with the networks of `parts`
     cfg:Config,      # of the run
     parts:tuple,     # of encoder, teacher, predictor
@@ -262,7 +262,7 @@ def read_run(
     there = parts_in(file)
     parts = tuple(p for p in PARTS if p in there and (p != 'predictor' or to == 'ijepa')) # hf and timm hold none
     jepa, cfg = open_run(path, parts=parts)
-    check_run(jepa, cfg, parts, to, path)
+    check_networks(jepa, cfg, parts, to, path)
     s, p = spec_of(cfg.encoder, cfg.encoder.patch, cfg.scale.max_side), None
     out = {k:to_official(getattr(jepa, k).state_dict(), encoder_shapes(s)) for k in parts if k != 'predictor'}
     if cfg.encoder.pixels == 'unit': out = {k:fold_normalization(v) for k, v in out.items()}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jepa_nb.claims import (
-    UNTESTED, Claim, Comparison, Estimate, Judgement, Tables, compare, judge, published,
+    UNTESTED, Claim, Comparison, Estimate, Tables, compare, judge, published,
 )
 from .files import read_json, sha256, weights_file
 from .ledger import CLAIMS, resolve, rule, runs_of, what_decides
