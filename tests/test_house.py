@@ -42,6 +42,16 @@ def test_notebook_is_clean(notebook, tmp_path):
                                outputs)), f'path of a machine: {m.group()}'
 
 
+def test_notebooks_are_named_as_they_are():
+    "Links and mentions of notebooks, `23_model` or nbs/23_model.ipynb, in prose and in comments, are of notebooks that exist."
+    files = [ROOT/'README.md', *NOTEBOOKS, *(p for d in ('tests', 'workflow', 'params') for p in (ROOT/d).rglob('*.*'))]
+    stale = set()
+    for path in (p for p in files if p.suffix in ('.md', '.ipynb', '.py', '.yaml')):
+        names = re.findall(r'[`(/](\d\d_[a-z_]+)(?=[`)#]|\.ipynb)', path.read_text())
+        stale |= {f'{path.relative_to(ROOT)}: {n}' for n in names if not (ROOT/f'nbs/{n}.ipynb').is_file()}
+    assert not stale
+
+
 def tree_of(module): return ast.parse((ROOT/f'jepa_nb/{module}.py').read_text())
 
 
