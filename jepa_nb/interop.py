@@ -121,8 +121,8 @@ def heads_note(s:ViTSpec)->str:
     "The remark that the number of heads was inferred."
     return f"{s.heads} heads are taken for a width of {s.dim}, --heads says otherwise"
 
-UNKNOWN_NETWORK = ('which encoder it was is not said: folders of Hugging Face and timm usually hold the context '
-                   'encoder; here it is what is evaluated')
+UNKNOWN_NETWORK = ('the file does not say which encoder it holds; folders of Hugging Face and timm usually hold the '
+                   'context encoder; here it is evaluated')
 
 def read_single_vit(
     tensors:dict,   # a state dict in the official names, as read

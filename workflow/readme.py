@@ -24,7 +24,7 @@ def table1(tier):
     out = [f"{TIERS[tier]}, {probe['n_train']:,} training and {probe['n_test']:,} test images "
            f"(`{about['notes']['data']}`), accuracy in %, mean over seeds [smallest, largest]; "
            "the probe is fitted to convergence, its depth chosen on held-out training images:", '',
-           '| features | linear probe | least seed above the better baseline | k-NN | images seen | seeds |',
+           '| features | linear probe | worst seed minus the better baseline | k-NN | images seen | seeds |',
            '|---|---|---|---|---|---|']
     for r in rows:
         above = f"{float(r['acc_min'])-base:+.1f}" if r['row'] else '–'
@@ -72,7 +72,7 @@ def ec(tier):
 
 
 def claims(tier):
-    "The ledger: what may be said at this tier, and how much may not."
+    "The ledger of a tier: counts of verdicts, and every claim that was judged."
     FIGURES = ROOT/'figures'/tier
     if not (FIGURES/'claims.csv').is_file(): return f'The ledger of tier {tier} is drawn by `make figures TIER={tier}`.'
     with open(FIGURES/'claims.csv') as f: rows = list(csv.DictReader(f))
@@ -87,8 +87,8 @@ def claims(tier):
     return '\n'.join(out)
 
 
-def told(stem, before):
-    "What a figure says to its claim, in a sentence."
+def claim_sentence(stem, before):
+    "A block that states a figure's answer to its claim in one sentence."
     def of(tier):
         file = ROOT/'figures'/tier/f'{stem}.json'
         if not file.is_file(): return 'Not drawn yet.'
@@ -98,10 +98,10 @@ def told(stem, before):
 
 
 BLOCKS = dict(table1=table1, ec=ec, claims=claims,
-              depth=told('fn_fig11_depth_maps',
+              depth=claim_sentence('fn_fig11_depth_maps',
                          'Depth heads on NYU Depth V2, RMSE at the truth\'s own scale, LayerNorm → DynTanh:'),
-              ranks=told('fn_fig9_rank_curves', 'Rank scores'),
-              resume=told('fn_resume', 'Resumed in mid-epoch with the place in the data forgotten,'))
+              ranks=claim_sentence('fn_fig9_rank_curves', 'Rank scores'),
+              resume=claim_sentence('fn_resume', 'Resumed in mid-epoch without the loader\'s state,'))
 
 def filled(text):
     "The README with every block `<!-- numbers: NAME TIER -->` ... `<!-- end -->` written anew."
