@@ -14,7 +14,6 @@ __all__ = ['SYSTEM_ERRORS', 'name_option', 'tier_option', 'REFUSALS', 'replace_o
 # %% ../nbs/74_cli.ipynb #4de8f962
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -297,12 +296,9 @@ def print_probe(
 @click.option('--out', metavar='FILE',
               help='Default: eval/depth.json in the run folder, or eval/depth_on_<images>.json; errors per '
               'image (.npz) and the head (.safetensors) go beside it.')
-@click.option('--train-images', type=click.IntRange(20), help='Use at most so many.')
-@click.option('--test-images', type=click.IntRange(2), help='Use at most so many.')
-@click.option('--seed', type=int, help="Of the head; default the run's.")
 @name_option
 @tier_option
-def depth_command(run, words, train_data, test_data, out, **options):
+def depth_command(run, words, train_data, test_data, out, name, tier):
     "Train a depth head on RUN's features and test it, e.g. depth.steps=1000. RUN is a run or shipped folder, or a recipe."
     from jepa_nb.depth import evaluate_depth
     from jepa_nb.recipes import make_depth
@@ -314,8 +310,8 @@ def depth_command(run, words, train_data, test_data, out, **options):
     opened = Opened(run, words, 'depth', (train_data, test_data), out)
     opened.check_halves()
     with opened.lock:
-        images, progress = opened.sources(), sys.stderr.isatty()
-        make = lambda path: evaluate_depth(opened.subject, *images, path, settings, progress=progress, **options)
+        images, labels = opened.sources(), dict(run=name, tier=tier)
+        make = lambda path: evaluate_depth(opened.subject, *images, settings, path, labels, sys.stderr.isatty())
         r, out = write_result(out, opened.wanted, images, make)
     gain, low, high = r['gain_over_constant']['rmse_oracle']
     click.echo(f"{r['run']} seed {r['seed']}: RMSE {r['rmse_oracle']:.3f} m with the truth's scale (FN's), "
@@ -583,11 +579,12 @@ def report_command(out):
 # %% ../nbs/74_cli.ipynb #1292e33c
 def explain_option(e:click.NoSuchOption)->str:
     "The message of an unknown option; settings of evaluations were options once."
-    from jepa_nb.eval_config import EvalConfig, RankConfig
+    from jepa_nb.eval_config import DepthConfig, EvalConfig, RankConfig
     from jepa_nb.recipes import EVAL_ALIASES
     name = e.option_name.lstrip('-').replace('-', '_')
     name = EVAL_ALIASES.get(name, name)
     verb = e.ctx.command.name if e.ctx else None
+    if verb == 'depth' and name in DepthConfig.__dataclass_fields__: return f"{e.option_name}: is a setting, depth.{name}=VALUE"
     if verb == 'ranks' and name in RankConfig.__dataclass_fields__: return f"{e.option_name}: is a setting, ranks.{name}=VALUE"
     if verb in ('eval',
                 'ranks') and name in EvalConfig.__dataclass_fields__: return f"{e.option_name}: is a setting, eval.{name}=VALUE"

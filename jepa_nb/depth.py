@@ -7,14 +7,14 @@ __all__ = ['EIGEN', 'CACHE_BYTES', 'ENCODE_CHUNK', 'eigen_crop', 'square_truth',
            'depth_truth', 'depth_truths', 'DepthPairs', 'Head', 'lr_factor', 'random_batches', 'fit_depth_head',
            'fit_metres', 'head_bytes', 'open_head', 'mean_map', 'resize_map', 'image_errors', 'paired_gain',
            'train_depth_head', 'error_summary', 'write_depth', 'evaluate_depth', 'read_depth', 'read_errors',
-           'result_head', 'untrained_network', 'runs_of_one_network', 'depth_baselines', 'head_gains', 'predict_depth']
+           'result_head', 'runs_of_one_network', 'depth_baselines', 'head_gains', 'predict_depth']
 
 # %% ../nbs/47_depth.ipynb #1613a4dd
 import io
 import json
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from .frozen import center_square, extract, open_encoder, warn_skipped
 from .files import RunError, repo_path, sha256, short_path, weights_file, write_atomic
 from .images import BadImage, DataError, to_rgb
 from .patches import centre_crop
-from .recipes import load_config, make_depth
+from .recipes import load_config, make_depth, untrained_fingerprint
 from .stats import bootstrap
 from .tasks import refuse_shared
 
@@ -375,35 +375,34 @@ def write_depth(
 
 def evaluate_depth(
     run,                # a run or checkpoint; a Config: that model before training
-    train, test,        # sources with depth
+    train,              # source with depth, that the head is trained on
+    test,               # source with depth, that it is tested on
+    cfg:DepthConfig=DepthConfig(), # every setting
     out=None,           # JSON to write, with errors and head beside it, see `write_depth`; None writes nothing
-    cfg:DepthConfig=DepthConfig(), # of the head
-    train_images=None,  # use at most so many
-    test_images=None,   # use at most so many
-    name=None,          # what the result is called; None takes the run's name
-    seed:int|None=None, # of the head; None takes the run's
-    tier=None,          # stored in the result
+    labels:dict|None=None, # what the result is called: run (default: the run's name), tier
     progress:bool=True, # show bars
-)->dict:
+)->dict:                # what is written
     "Train a depth head on a run's frozen features, test it, and write the result."
-    start, device = time.time(), 'cuda' if torch.cuda.is_available() else 'cpu'
+    start, device, labels = time.time(), 'cuda' if torch.cuda.is_available() else 'cpu', labels or {}
     is_random = isinstance(run, Config)
     found = None if is_random else find_checkpoint(run) # a run may have a newer one that is damaged
     model, recipe = (random_model(run), run) if is_random else open_run(found, parts=('teacher',))
-    encoder, e, seed = open_encoder(model).to(device), recipe.encoder, recipe.run.seed if seed is None else seed
+    encoder, e = open_encoder(model).to(device), recipe.encoder
+    seed = recipe.run.seed if cfg.seed is None else cfg.seed
     side, layers = cfg.side or recipe.scale.max_side*e.patch, head_layers(cfg, e.depth)
     refuse_shared(train, test)
     bar = lambda text: text if progress else None
     make_pairs = lambda source, n, text: DepthPairs(encoder, source, indices_with_depth(source, n), side, layers,
                                                     cfg.crop, progress=bar(text))
-    fitted, tested = make_pairs(train, train_images, 'train features'), make_pairs(test, test_images, 'test features')
+    fitted = make_pairs(train, cfg.train_images, 'train features')
+    tested = make_pairs(test, cfg.test_images, 'test features')
     head, losses = train_depth_head(encoder, fitted, cfg, seed, bar('depth head'))
-    truths = (fitted.cached[1] if fitted.cached
-              else depth_truths(train, fitted.indices[fitted.spread(1024)], side, cfg.crop))
+    truths = fitted.cached[1] if fitted.cached else depth_truths(train, fitted.indices[fitted.spread(1024)], side, cfg.crop)
     errors = image_errors(head, tested, mean_map(truths), bar('test'))
     result = dict(
-        run=name or recipe.run.name, features='random init' if is_random else 'teacher', is_random=is_random,
-        recipe=recipe.run.name, norm=e.norm_out, seed=seed, tier=tier, kind='depth', data=short_path(test.name),
+        run=labels.get('run') or recipe.run.name, features='random init' if is_random else 'teacher', is_random=is_random,
+        recipe=recipe.run.name, norm=e.norm_out, seed=seed, tier=labels.get('tier'), kind='depth',
+        untrained=untrained_fingerprint(recipe) if is_random else None, data=short_path(test.name),
         train_data=short_path(train.name), **error_summary(errors), n_train=len(fitted), n_test=len(errors['index']),
         n_broken=len(tested)-len(errors['index']), side=side, layers=layers,
         parameters=sum(p.numel() for p in head.parameters()), loss=float(np.mean(losses[-50:])), settings=asdict(cfg),
@@ -438,14 +437,10 @@ def result_head(result:dict)->Head:
     "The head behind a result of `read_depth`, its checksum verified."
     return open_head(result['file'].with_suffix('.safetensors'), result['head_sha256'])
 
-def untrained_network(cfg:Config)->tuple:
-    "What decides a network before training, besides the seed. The norm on the output has no random weights."
-    return replace(cfg.encoder, norm_out='layernorm'), cfg.condition, cfg.scale.max_side
-
 def runs_of_one_network(run:Path)->list[Path]:
     "This run folder, and those beside it of the same seed that are the same network before training."
     if not weights_file(run): return [run]
-    network = lambda f: untrained_network(load_config(weights_file(f).parent/'config.yaml'))
+    network = lambda f: untrained_fingerprint(load_config(weights_file(f).parent/'config.yaml'))
     others = [f for f in sorted(run.parents[1].glob(f'*/{run.name}')) if f != run and weights_file(f)]
     return [run, *(f for f in others if network(f) == network(run))]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .figure_files import COMMITTED, tier_of
 from .files import RunError, repo_path, repo_root, short_path, weights_file
-from .train import data_fingerprint
+from .sources import data_fingerprint
 
 # %% ../nbs/44_results.ipynb #6888aca5
 def _seeds(home:Path, name:str)->list[Path]:
