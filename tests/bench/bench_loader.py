@@ -3,7 +3,8 @@
 python tests/bench/bench_loader.py [--shards 'folder/*.tar'] [--images 2000] [--rounds 3]
 
 One thread, CPU time of this process; all variants take turns in every round, on the same plan. `plain worker` is FN's
-way written down simply: Pillow decodes, Pillow resizes, patches are cut, split and put into the first of 64 rows with room.
+way written down simply: Pillow decodes, Pillow resizes, patches are cut, split and put into the first of 64 rows with
+room.
 """
 import argparse
 import os
