@@ -200,7 +200,7 @@ class Progress:
 # %% ../nbs/71_progress.ipynb #f3229774
 def wrap_text(
     text:str,        # words are not broken, nor lines at a no-break space
-    label:str='',    # stands before the first line; the others are indented by its width
+    label:str='',    # before the first line; the others are indented by its width
     width:int=80,    # columns
     most:int=99,     # lines; what does not fit is cut with dots
 )->list[str]:

@@ -30,8 +30,8 @@ from .claims import UNTESTED
 from .files import repo_root
 from .findings import finding_lines
 from jepa_nb.report import (
-    REPORTED_TIERS, VERDICTS, Notes, ReportError, figures_origin, ledger_pages, read_csv, read_figure_at_tier,
-    read_json, tiers_of,
+    REPORTED_TIERS, VERDICTS, Notes, ReportError, figures_origin, ledger_pages, read_figure_at_tier, tiers_of,
+    try_csv, try_json,
 )
 
 # %% ../nbs/76_site.ipynb #5b768fac
@@ -64,7 +64,7 @@ def page_of(
 
 def read_notebook(path:Path, notes:Notes)->dict|None:
     "Read a notebook; None, and a note, where it cannot be read."
-    nb = read_json(path, notes)
+    nb = try_json(path, notes)
     cells = nb.get('cells')
     is_cell = lambda c: isinstance(c, dict) and {'cell_type', 'source'} <= c.keys()
     if isinstance(cells, list) and cells and all(is_cell(c) for c in cells): return nb
@@ -221,7 +221,7 @@ def published_tables(
     "The tables that a paper prints beside a figure."
     out = []
     for name in PUBLISHED_TABLES.get(stem, ()):
-        if rows := read_csv(root/'params'/'published'/f'{name}.csv', notes):
+        if rows := try_csv(root/'params'/'published'/f'{name}.csv', notes):
             out.append(dict(name=name, file=f'files/published/{name}.csv', columns=list(rows[0]), rows=rows))
     return out
 
