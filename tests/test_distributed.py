@@ -32,8 +32,10 @@ TINY = dict(
 def processes(code, world=2):
     "Run Python code in `world` processes, as torchrun starts them; wait, and keep what each wrote to stderr as `errors`."
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(world))
-    ps = [subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, env=dict(env, RANK=str(r), LOCAL_RANK=str(r)), text=True, stderr=subprocess.PIPE) for r in range(world)]
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port),
+               WORLD_SIZE=str(world))
+    ps = [subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, env=dict(env, RANK=str(r), LOCAL_RANK=str(r)),
+                           text=True, stderr=subprocess.PIPE) for r in range(world)]
     for p in ps: p.errors = p.communicate(timeout=600)[1]
     return ps
 
@@ -44,9 +46,11 @@ def together(cfg, run, world=2):
     ps = processes(code, world)
     assert [p.returncode for p in ps] == [0]*world, [p.errors for p in ps]
 
-@pytest.mark.parametrize('words', [(), ('masks.kind=multiblock', 'pack.image=96', 'pack.context=72', 'pack.target=64')], ids=['windows', 'blocks'])
+@pytest.mark.parametrize('words', [(), ('masks.kind=multiblock', 'pack.image=96', 'pack.context=72',
+                                        'pack.target=64')], ids=['windows', 'blocks'])
 def test_two_are_one(tmp_path, words):
-    cfg = make_config(TINY, ['run.accumulate=2', 'run.matmul=highest', *words]) # on processors that multiply in bfloat16 the order of rows shows otherwise
+    # on processors that multiply in bfloat16 the order of rows shows otherwise
+    cfg = make_config(TINY, ['run.accumulate=2', 'run.matmul=highest', *words])
     train(cfg, tmp_path/'one', progress=False)
     together(cfg, tmp_path/'two')
     start, one = (open_run(tmp_path/'one', step=s)[0].state_dict() for s in (2, 4))
@@ -59,7 +63,8 @@ def test_two_are_one(tmp_path, words):
 
 def test_two_go_on(tmp_path):
     "Resuming works for two as for one, bit for bit; here with repeats, dropping and experts."
-    cfg = make_config(TINY, ('objective.repeats=2', 'objective.keep_context=.5', 'objective.keep_target=.5', 'encoder.mlp=diffmoe', 'encoder.experts=4'))
+    cfg = make_config(TINY, ('objective.repeats=2', 'objective.keep_context=.5', 'objective.keep_target=.5',
+                             'encoder.mlp=diffmoe', 'encoder.experts=4'))
     together(cfg, tmp_path/'whole')
     shutil.copytree(tmp_path/'whole', tmp_path/'parts')
     (tmp_path/'parts/done.json').unlink(); shutil.rmtree(tmp_path/'parts/checkpoints/step_00000004')
@@ -76,7 +81,9 @@ def test_two_go_on_with_a_stream(tmp_path):
     shards_from_scenes(tmp_path/'shards', images=48, side=32, per_shard=8, progress=False)
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=tmp_path/'shards'))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    cfg = make_config(TINY, ('data.kind=shards', f'data.path=http://127.0.0.1:{server.server_port}/train-{{000000..000005}}.tar', 'data.shuffle=4', 'run.steps=6'))
+    cfg = make_config(TINY, ('data.kind=shards',
+                             f'data.path=http://127.0.0.1:{server.server_port}/train-{{000000..000005}}.tar',
+                             'data.shuffle=4', 'run.steps=6'))
     together(cfg, tmp_path/'whole')
     shutil.copytree(tmp_path/'whole', tmp_path/'parts')
     (tmp_path/'parts/done.json').unlink(); shutil.rmtree(tmp_path/'parts/checkpoints/step_00000006')

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TIERS = dict(small='CIFAR-10', medium='Tiny ImageNet, 100 classes') # whose figures are committed, and what their runs were trained on
+# whose figures are committed, and what their runs were trained on
+TIERS = dict(small='CIFAR-10', medium='Tiny ImageNet, 100 classes')
 
 
 def found():
@@ -35,13 +36,16 @@ def table1(tier):
     probe = json.loads((FIGURES/'checkpoints/fn_ln/seed0/eval/probe.json').read_text())
     out = [f"{TIERS[tier]}, {probe['n_train']:,} training and {probe['n_test']:,} test images (`{about['notes']['data']}`), accuracy in %, mean over seeds [smallest, largest]; "
            "the probe is fitted to convergence, its depth chosen on held-out training images:", '',
-           '| features | linear probe | least seed above the better baseline | k-NN | images seen | seeds |', '|---|---|---|---|---|---|']
+           '| features | linear probe | least seed above the better baseline | k-NN | images seen | seeds |',
+           '|---|---|---|---|---|---|']
     for r in rows:
         above = f"{float(r['acc_min'])-base:+.1f}" if r['row'] else '–'
-        span = lambda k: f"{float(r[k]):.1f}" + (f" [{float(r[k+'_min']):.1f}, {float(r[k+'_max']):.1f}]" if int(r['seeds']) > 1 else '')
+        span = lambda k: f"{float(r[k]):.1f}" + (f" [{float(r[k+'_min']):.1f}, {float(r[k+'_max']):.1f}]"
+                                                 if int(r['seeds']) > 1 else '')
         out.append(f"| {r['method']} | {span('acc')} | {above} | {span('knn')} "
                    f"| {int(float(r['images_seen'] or 0)):,} | {r['seeds']} |")
-    return '\n'.join([*out, '', f"From LayerNorm to DynTanh: {about['claim']['ours'].split('; ')[0]}; that DynTanh is better: *{about['claim']['verdict']}*."])
+    return '\n'.join([*out, '',
+                      f"From LayerNorm to DynTanh: {about['claim']['ours'].split('; ')[0]}; that DynTanh is better: *{about['claim']['verdict']}*."])
 
 
 def ec(tier):
@@ -49,17 +53,24 @@ def ec(tier):
     FIGURES = ROOT/'figures'/tier
     if not (FIGURES/'ec_table1_probe.csv').is_file(): return 'Not drawn yet.'
     def rows(stem, **where):
-        with open(FIGURES/f'{stem}.csv') as f: return [r for r in csv.DictReader(f) if all(r[k] == v for k, v in where.items())]
+        with open(FIGURES/f'{stem}.csv') as f: return [r for r in csv.DictReader(f)
+                                                       if all(r[k] == v for k, v in where.items())]
     there = lambda stem, **where: rows(stem, **where) if (FIGURES/f'{stem}.csv').is_file() else []
-    probe, rank, sets = rows('ec_table1_probe', what='probe'), there('ec_table2_rank', source='ours'), there('ec_table3_ood', source='ours', target='label')
+    probe, rank, sets = rows('ec_table1_probe', what='probe'), there('ec_table2_rank',
+                                                                     source='ours'), there('ec_table3_ood',
+                                                                         source='ours', target='label')
     names = list(dict.fromkeys(r['set'] for r in sets))
     def span(found, column):
         v = [float(r[column]) for r in found if r[column]]
-        return (f'{sum(v)/len(v):.1f}' + (f' [{min(v):.1f}, {max(v):.1f}]' if max(v)-min(v) >= .05 else '')) if v else '–'
+        return (f'{sum(v)/len(v):.1f}' + (f' [{min(v):.1f}, {max(v):.1f}]'
+                                          if max(v)-min(v) >= .05 else '')) if v else '–'
     first = next(r for r in probe if r['method'] == 'EC-IJEPA')
     out = [f"{TIERS[tier]}, {int(first['n_train']):,} training and {int(first['n_test']):,} test images, and other sets by the second paper's protocols; accuracy in %, mean over seeds [smallest, largest]:", '',
-           f"| features | linear probe | k-NN | RankMe | LiDAR | {' | '.join(names)} | images seen | seeds |", '|---'*(7+len(names)) + '|']
-    for label, m, before in (('EC-IJEPA', 'EC-IJEPA', ''), ('I-JEPA', 'I-JEPA', ''), ('untrained EC-IJEPA', 'random init', 'EC-IJEPA'), ('untrained I-JEPA', 'random init', 'I-JEPA'), ('raw pixels', 'raw pixels', '')):
+           f"| features | linear probe | k-NN | RankMe | LiDAR | {' | '.join(names)} | images seen | seeds |",
+           '|---'*(7+len(names)) + '|']
+    for label, m, before in (('EC-IJEPA', 'EC-IJEPA', ''), ('I-JEPA', 'I-JEPA', ''),
+                             ('untrained EC-IJEPA', 'random init', 'EC-IJEPA'),
+                             ('untrained I-JEPA', 'random init', 'I-JEPA'), ('raw pixels', 'raw pixels', '')):
         of = lambda found: [r for r in found if (r['method'], r['of']) == (m, before)]
         if not (mine := of(probe)): continue
         n = int(mine[0]['n_train'])
@@ -74,7 +85,8 @@ def claims(tier):
     if not (FIGURES/'claims.csv').is_file(): return f'The ledger of tier {tier} is drawn by `make figures TIER={tier}`.'
     with open(FIGURES/'claims.csv') as f: rows = list(csv.DictReader(f))
     judged = [r for r in rows if r['verdict'] in ('holds', 'fails', 'mixed')]
-    count = ', '.join(f"{sum(r['verdict'] == w for r in rows)} {w}" for w in ('holds', 'fails', 'mixed', 'not tested at this scale'))
+    count = ', '.join(f"{sum(r['verdict'] == w for r in rows)} {w}"
+                      for w in ('holds', 'fails', 'mixed', 'not tested at this scale'))
     out = [f'Of {len(rows)} claims at tier {tier}: {count}.']
     if judged: out += ['', '| claim | compared | paper | ours, 95 % interval | verdict |', '|---|---|---|---|---|']
     number = lambda v: f'{float(v):+.3g}' if v else '–'
@@ -92,8 +104,11 @@ def sentence(name, before):
     return of
 
 
-BLOCKS = dict(table1=table1, ec=ec, claims=claims, depth=sentence('fn_fig11_depth_maps', 'Depth heads on NYU Depth V2, RMSE at the truth\'s own scale, LayerNorm → DynTanh:'),
-              ranks=sentence('fn_fig9_rank_curves', 'Rank scores'), resume=sentence('fn_resume', 'Resumed in mid-epoch with the place in the data forgotten,'))
+BLOCKS = dict(table1=table1, ec=ec, claims=claims,
+              depth=sentence('fn_fig11_depth_maps',
+                             'Depth heads on NYU Depth V2, RMSE at the truth\'s own scale, LayerNorm → DynTanh:'),
+              ranks=sentence('fn_fig9_rank_curves', 'Rank scores'),
+              resume=sentence('fn_resume', 'Resumed in mid-epoch with the place in the data forgotten,'))
 
 FILES = ('README.md', 'RESULTS.md')
 NOTEBOOK = re.compile(r'(\[(\w+)\]\(nbs/figures/\2\.ipynb\))(?: \((?:\[\w+\]\(figures/[^)]*\)(?:, )?)+\))?')
