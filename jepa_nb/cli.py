@@ -170,7 +170,8 @@ def image_options(what:str):
     "The options `--train` and `--test` of a verb."
     def add(f):
         f = click.option('--test', 'test_data', metavar='DATA',
-                         help="Images that are tested on; default the test half of the run's own, but --train asks for it.")(f)
+                         help="Images that are tested on; default the test half of the run's own, but --train asks "
+                              "for it.")(f)
         return click.option('--train', 'train_data', metavar='DATA',
                             help=f"{what}: 'folder/train-*.tar', a folder, or scenes; default the run's own.")(f)
     return add
@@ -192,7 +193,8 @@ def read_sets_of(
     only=(),   # names of some of them; none: all
     over:dict|None=None, # settings of sets that do not have them
 )->dict:       # SetConfig by name
-    "The data sets of a tier's file, of a file that holds nothing else, or of a mapping. Raises CliError or ConfigError."
+    "The data sets of a tier's file, of a file that holds nothing else, or of a mapping. Raises CliError or "
+    "ConfigError."
     from jepa_nb.tiers import read_sets
     where = '--sets' if given.lstrip().startswith('{') else given
     if where == given and not Path(given).is_file(): refuse(f"{given}: no such file")
@@ -213,7 +215,8 @@ def read_sets_of(
               'that are not its own; a result of other settings stays.')
 @click.option('--condition', 'poolings', multiple=True, metavar='K,S', callback=lambda ctx, option,
               vs: [read_pooling(v) for v in vs],
-              help="One result for each of these values of eval.condition, with {condition} in --out: kernel and stride, or off.")
+              help="One result for each of these values of eval.condition, with {condition} in --out: kernel and "
+                   "stride, or off.")
 @click.option('--sets', metavar='FILE',
               help="Evaluate on every data set of FILE instead, e.g. a tier's (its entry ood), one JSON each. "
               "Settings eval.NAME are of sets that do not have them.")
@@ -299,7 +302,8 @@ def print_probe(
 @name_option
 @tier_option
 def depth_command(run, words, train_data, test_data, out, name, tier):
-    "Train a depth head on RUN's features and test it, e.g. depth.steps=1000. RUN is a run or shipped folder, or a recipe."
+    """Train a depth head on RUN's features and test it, e.g. depth.steps=1000. RUN is a run or shipped folder, or a
+    recipe."""
     from jepa_nb.depth import evaluate_depth
     from jepa_nb.recipes import make_depth
     from jepa_nb.results import write_result
@@ -315,7 +319,8 @@ def depth_command(run, words, train_data, test_data, out, name, tier):
         r, out = write_result(out, opened.wanted, images, make)
     gain, low, high = r['gain_over_constant']['rmse_oracle']
     click.echo(f"{r['run']} seed {r['seed']}: RMSE {r['rmse_oracle']:.3f} m with the truth's scale (FN's), "
-               f"{r['rmse_lsq']:.3f} by least squares, {r['rmse_metric']:.3f} metric; {gain:+.3f} [{low:+.3f}, {high:+.3f}] "
+               f"{r['rmse_lsq']:.3f} by least squares, {r['rmse_metric']:.3f} metric; {gain:+.3f} [{low:+.3f}, "
+               f"{high:+.3f}] "
                f"better than a constant map, {r['n_test']} images" + (f"; {out}" if out else ''))
 
 @cli.command('ranks')
@@ -415,7 +420,8 @@ def data_group():
     "Make shards, which are what training reads."
 
 replace_option = click.option('--replace', is_flag=True,
-                              help='Replace shards of other images or settings that are there; other files are never touched.')
+                              help='Replace shards of other images or settings that are there; other files are '
+                                   'never touched.')
 split_option = click.option('--split', 'name', type=click.Choice(['train', 'test']), default='train', show_default=True,
                             help='The name of the shards.')
 
@@ -440,7 +446,8 @@ def print_shards(
     "Print what was made, and what could not be used. Raises CliError where there is no image."
     text = f"{out}: {made['images']} {what}images in {len(made['shards'])} shards"
     if made['left_out']:
-        text += f"; {made['left_out']} left out, the first: {made['skipped'][0][1] if made['skipped'] else 'in an earlier run'}"
+        first = made['skipped'][0][1] if made['skipped'] else 'in an earlier run'
+        text += f"; {made['left_out']} left out, the first: {first}"
     if not made['images']: refuse(text)
     click.echo(text)
 
@@ -494,7 +501,7 @@ def public_set_command(
     def make(out, source, md5, **kw):
         from jepa_nb.sets import shards_from_public
         if wrong := [m for m in md5 if m != 'any' and not re.fullmatch('[0-9a-f]{32}', m)]:
-            refuse(f"--md5 {wrong[0]}: should be 32 digits and letters from a to f, or the word any: not checked")
+            refuse(f"--md5 {wrong[0]}: should be 32 digits and letters from a to f, or the word any")
         made = shards_from_public(name, out, source, md5=() if 'any' in md5 else md5 or None, **kw)
         for split, found in made.items(): print_shards(out, found, f'{split} ')
 
@@ -516,7 +523,8 @@ def digits_command(out, test, replace):
 @click.option('--teacher', is_flag=True, help='Only the network that is evaluated, not the student and the predictor.')
 @click.option('--step', type=click.IntRange(1), help='An earlier checkpoint that is kept; its log is cut there.')
 def export_command(run, out, teacher, step):
-    "Write the small form of RUN's newest checkpoint (bfloat16, config, checksums) and its evaluation to the folder OUT."
+    """Write the small form of RUN's newest checkpoint (bfloat16, config, checksums) and its evaluation to the folder
+    OUT."""
     from jepa_nb.checkpoint import PARTS, export_checkpoint
     click.echo(export_checkpoint(run, out, step, ('teacher',) if teacher else PARTS))
 
@@ -569,7 +577,8 @@ def reproduce_command(tier, cores, folder, seed, committed, dry, more):
 @click.option('--out', default='report', show_default=True, metavar='DIR',
               help='Folder to write; a report that is there is replaced.')
 def report_command(out):
-    "Build the report from the figures, ledgers and notebooks that are there: report/index.html, which opens without a network."
+    """Build the report from the figures, ledgers and notebooks that are there: report/index.html, which opens
+    without a network."""
     from importlib import import_module
 
     from jepa_nb.tiers import in_clone
@@ -584,10 +593,12 @@ def explain_option(e:click.NoSuchOption)->str:
     name = e.option_name.lstrip('-').replace('-', '_')
     name = EVAL_ALIASES.get(name, name)
     verb = e.ctx.command.name if e.ctx else None
-    if verb == 'depth' and name in DepthConfig.__dataclass_fields__: return f"{e.option_name}: is a setting, depth.{name}=VALUE"
-    if verb == 'ranks' and name in RankConfig.__dataclass_fields__: return f"{e.option_name}: is a setting, ranks.{name}=VALUE"
-    if verb in ('eval',
-                'ranks') and name in EvalConfig.__dataclass_fields__: return f"{e.option_name}: is a setting, eval.{name}=VALUE"
+    if verb == 'depth' and name in DepthConfig.__dataclass_fields__:
+        return f"{e.option_name}: is a setting, depth.{name}=VALUE"
+    if verb == 'ranks' and name in RankConfig.__dataclass_fields__:
+        return f"{e.option_name}: is a setting, ranks.{name}=VALUE"
+    if verb in ('eval', 'ranks') and name in EvalConfig.__dataclass_fields__:
+        return f"{e.option_name}: is a setting, eval.{name}=VALUE"
     return e.format_message()
 
 def main(

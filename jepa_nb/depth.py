@@ -397,10 +397,12 @@ def evaluate_depth(
     fitted = make_pairs(train, cfg.train_images, 'train features')
     tested = make_pairs(test, cfg.test_images, 'test features')
     head, losses = train_depth_head(encoder, fitted, cfg, seed, bar('depth head'))
-    truths = fitted.cached[1] if fitted.cached else depth_truths(train, fitted.indices[fitted.spread(1024)], side, cfg.crop)
+    truths = fitted.cached[1] if fitted.cached else depth_truths(train, fitted.indices[fitted.spread(1024)], side,
+                                                                 cfg.crop)
     errors = image_errors(head, tested, mean_map(truths), bar('test'))
     result = dict(
-        run=labels.get('run') or recipe.run.name, features='random init' if is_random else 'teacher', is_random=is_random,
+        run=labels.get('run') or recipe.run.name, features='random init' if is_random else 'teacher',
+        is_random=is_random,
         recipe=recipe.run.name, norm=e.norm_out, seed=seed, tier=labels.get('tier'), kind='depth',
         untrained=untrained_fingerprint(recipe) if is_random else None, data=short_path(test.name),
         train_data=short_path(train.name), **error_summary(errors), n_train=len(fitted), n_test=len(errors['index']),

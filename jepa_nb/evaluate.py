@@ -143,7 +143,8 @@ def evaluate(
     labels:dict|None=None, # what the result is called: run (default: the run's name), tier, set
     progress:bool=True, # bars
 )->dict:                # what is written
-    "Probe a run at every depth (FN §5.1), or as one of EC's protocols says. Raises DataError where the images do not fit."
+    "Probe a run at every depth (FN §5.1), or as one of EC's protocols says. Raises DataError where the images do "
+    "not fit."
     start, device, labels = time.time(), 'cuda' if torch.cuda.is_available() else 'cpu', labels or {}
     cfg = cfg.resolved()
     subject = open_subject(run, cfg, device)
@@ -271,7 +272,8 @@ def kept_checkpoints(
     return [c for c in found if c == found[-1] or step_of(c) in keep_at]
 
 def step_of(checkpoint:Path)->int|None:
-    "The number of updates that a checkpoint had; None where it was converted from another library's, which does not say."
+    """The number of updates that a checkpoint had; None where it was converted from another library's, which does
+    not say."""
     weights = weights_file(checkpoint)
     if 'step' in training_progress(checkpoint): return training_progress(checkpoint)['step']
     if weights and (weights.parent/'origin.json').is_file(): return None

@@ -44,7 +44,8 @@ def die_with_parent(
     threading.Thread(target=watch, daemon=True).start()
 
 def join_job_lock():
-    "Hold the jobs' lock as long as this process lives, and end with its parent: what every process of the graph does first."
+    """Hold the jobs' lock as long as this process lives, and end with its parent: what every process of the graph
+    does first."""
     if 'JEPA_NB_PARENT' not in os.environ: return
     JOBS.parent.mkdir(exist_ok=True)
     lock = os.open(JOBS, os.O_RDWR | os.O_CREAT) # never closed: the lock ends with the process
@@ -289,7 +290,8 @@ def print_plan(
     if seed:
         has_committed = Path(f'figures/{tier}/checkpoints').is_dir()
         text = (f'every seed is {seed} more: runs in runs/{tier}/*/seed<k>, images in {scenes_folder(tier, seed)}; '
-                f'figures/{tier} is drawn anew from them'+'; the committed ones come back by git checkout'*has_committed)
+                f'figures/{tier} is drawn anew from them')
+        if has_committed: text += '; the committed ones come back by git checkout'
         click.echo('\n'.join(wrap_text(text, 'seed    ')))
     cost = wall_seconds(jobs, cores)
     time_text = duration(cost) if cost else 'time not known'

@@ -108,7 +108,8 @@ class Encoder(nn.Module):
     )->tuple[list[Tensor],TokenLayout,Tensor|None]: # flat [n d] of the last or of all depths; layout; auxiliary loss
         "Patch embedding, positions and blocks: all of the encoder before its output norm."
         if tokens.x.shape[-1] != 3*self.patch**2:
-            raise ValueError(f"patches have {tokens.x.shape[-1]} values, this encoder takes 3*{self.patch}*{self.patch}")
+            raise ValueError(f"patches have {tokens.x.shape[-1]} values, this encoder takes "
+                             f"3*{self.patch}*{self.patch}")
         lay = token_layout(tokens.sample, form)
         x = lay.flat(tokens.x)
         if x.dtype == torch.uint8: x = to_unit(x, 'bfloat16' if self.pixels == 'unit_bfloat16' else 'float32')

@@ -1,4 +1,5 @@
-"Verdicts come from CSVs: every rule is tried on invented ones, in which each claim can be made true, false or doubtful."
+"""Verdicts come from CSVs: every rule is tried on invented ones, in which each claim can be made true, false or
+doubtful."""
 import csv
 
 import numpy as np
@@ -15,7 +16,8 @@ IJ, EC = 'I-JEPA', 'EC-IJEPA'
 
 
 def tier(side=1, seeds=3, noise=.05, images=10**6, above=True, window=2, device='cuda'):
-    """Every figure of a tier, by stem. side 1: all that FN claims is so, in all seeds; -1: the opposite; 0: seeds disagree.
+    """Every figure of a tier, by name. side 1: all that FN claims is so, in all seeds; -1: the opposite; 0: seeds
+    disagree.
     Seeds stand in another order for each norm: who pairs by place is found out."""
     ks = list(range(seeds))
     order = {TANH: ks, LN: ks[::-1]}
@@ -86,7 +88,8 @@ def tier(side=1, seeds=3, noise=.05, images=10**6, above=True, window=2, device=
 
 
 def ec_tier(ks, push, images, above):
-    "The other paper's figures. What both methods of a seed have in common is far larger than what tells them apart, and their rows come in other orders."
+    """The other paper's figures. What both methods of a seed have in common is far larger than what tells them
+    apart, and their rows come in other orders."""
     pairs = [(m, size, k) for m, order in ((EC, ks), (IJ, ks[::-1])) for size in (1, 2) for k in order]
     level = lambda m, k, gain=1.: 5000+100*k+gain*push(k)*(m == EC)
     base = lambda **more: [dict(method='random init', acc=40 if above else 90000, **more),
@@ -138,7 +141,8 @@ def test_few_test_images_say_nothing(tmp_path):
     t = tier(side=1)
     for r in t['ec_table3_ood']: r['n_test'] = 20 if r['set'] == 'count' else 1000
     found = {r['number']: r for r in ledger(write(tmp_path/'t', t))}
-    assert found[25]['verdict'] == UNTESTED and '20 test images of count, 500 are needed' in found[25]['reason'] and found[20]['verdict'] == 'holds'
+    assert found[25]['verdict'] == UNTESTED
+    assert '20 test images of count, 500 are needed' in found[25]['reason'] and found[20]['verdict'] == 'holds'
 
 
 SCALE = {n for n in NUMBERS if CLAIMS[n-1].needs}
@@ -162,7 +166,8 @@ def test_a_missing_figure_is_a_reason(tmp_path, stem):
     (folder/f'{stem}.csv').unlink()
     found = {r['number']: r for r in ledger(folder)}
     for c in CLAIMS:
-        if c.figure == stem: assert found[c.number]['verdict'] == UNTESTED and f'no {stem} in this tier' in found[c.number]['reason']
+        if c.figure == stem:
+            assert found[c.number]['verdict'] == UNTESTED and f'no {stem} in this tier' in found[c.number]['reason']
 
 
 def edit(path, pick, column, value):
@@ -211,12 +216,14 @@ def test_one_edited_number_turns_the_verdict(tmp_path, number, stem, pick, colum
 
 @pytest.mark.parametrize('number, row', [(7, '2'), (14, '7'), (15, '9'), (16, '')])
 def test_a_row_that_learned_nothing_says_nothing(tmp_path, number, row):
-    "It is the rows that a claim compares which have to be above raw pixels and random weights, not the main pair alone."
+    """It is the rows that a claim compares which have to be above raw pixels and random weights, not the main pair
+    alone."""
     folder = write(tmp_path/'t', tier())
     edit(folder/'fn_table1.csv', dict(row=row) if row else dict(method='DynTanh, no repeat, no drop'), 'acc_by_seed',
          lambda v: '0:20 1:21 2:20')
     found = {r['number']: r for r in ledger(folder)}
-    assert found[number]['verdict'] == UNTESTED and 'above raw pixels' in found[number]['reason'] and found[5]['verdict'] == 'holds'
+    assert found[number]['verdict'] == UNTESTED
+    assert 'above raw pixels' in found[number]['reason'] and found[5]['verdict'] == 'holds'
 
 
 @pytest.mark.parametrize('cell', ['0:x 1:5100 2:5200', '0:nan 1:5100 2:5200', 'five'])
@@ -247,7 +254,8 @@ def test_a_claim_about_all_falls_with_one(tmp_path):
 
 
 def test_one_data_set_refutes_consistently(tmp_path):
-    "Claim 20: worse on one set in all seeds is a refutation, whatever the others say; a set beyond both methods does not count, and one set alone is not enough."
+    """Claim 20: worse on one set in all seeds is a refutation, whatever the others say; a set beyond both methods
+    does not count, and one set alone is not enough."""
     t = tier()
     for r in t['ec_table3_ood']:
         if (r['set'], r['method'], r.get('size')) == ('birds', EC, 1): r['acc'] -= 3
@@ -255,7 +263,8 @@ def test_one_data_set_refutes_consistently(tmp_path):
     for r in t['ec_table3_ood']:
         if r['set'] == 'birds' and r['method'] == 'random init': r['acc'] = 90000
     found = {r['number']: r for r in ledger(write(tmp_path/'b', t))}
-    assert found[20]['verdict'] == UNTESTED and '2 are needed' in found[20]['reason'] and 'on birds neither is above' in found[20]['reason']
+    assert found[20]['verdict'] == UNTESTED
+    assert '2 are needed' in found[20]['reason'] and 'on birds neither is above' in found[20]['reason']
 
 
 def test_comparable_has_a_margin(tmp_path):

@@ -150,5 +150,6 @@ def test_tier_is_checked_before_anything_starts(tmp_path, change, names):
     change(tier)
     file.write_text(yaml.safe_dump(tier))
     r = jepa_nb('reproduce', '--tier', 'smoke', cwd=tmp_path)
-    assert r.returncode == 1 and names in r.stderr and 'params/smoke.yaml' in r.stderr and len(r.stderr.splitlines()) == 1, r.stderr
+    assert r.returncode == 1 and names in r.stderr, r.stderr
+    assert 'params/smoke.yaml' in r.stderr and len(r.stderr.splitlines()) == 1, r.stderr
     assert not (tmp_path/'runs').exists()

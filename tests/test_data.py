@@ -165,7 +165,9 @@ def test_other_tars(tmp_path):
     for n, form in enumerate((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
         with tarfile.open(tmp_path/f'{n}.tar', 'w', format=form) as t:
             t.addfile(tarfile.TarInfo('d/'))
-            info = tarfile.TarInfo('./link.jpg'); info.type, info.linkname = tarfile.SYMTYPE, '/etc/passwd'; t.addfile(info)
+            info = tarfile.TarInfo('./link.jpg')
+            info.type, info.linkname = tarfile.SYMTYPE, '/etc/passwd'
+            t.addfile(info)
             for name, b in ((f'{long}.JPG', file()), (f'{long}.cls', b' 7\n'), ('README', b'x'), ('.hidden.jpg', b'')):
                 info = tarfile.TarInfo(name); info.size = len(b); t.addfile(info, io.BytesIO(b))
     s = open_source('shards', str(tmp_path/'{0..1}.tar'))
@@ -260,7 +262,8 @@ def test_pickles_without_its_memory(tmp_path):
 def test_two_processes_unpack_at_once(tmp_path):
     write_shard(tmp_path/'a.tar', samples(200))
     (tmp_path/'a.tar.gz').write_bytes(gzip.compress((tmp_path/'a.tar').read_bytes()))
-    code = f"from jepa_nb.sources import open_source; s = open_source('shards', {str(tmp_path/'a.tar.gz')!r}); print(len(s), int(s.image(199).sum()))"
+    code = (f"from jepa_nb.sources import open_source; s = open_source('shards', {str(tmp_path/'a.tar.gz')!r}); "
+            "print(len(s), int(s.image(199).sum()))")
     runs = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True,
                              cwd=Path(__file__).parent.parent) for _ in range(2)]
     out = [p.communicate(timeout=120)[0].split() for p in runs]
@@ -280,7 +283,8 @@ def test_folder(tmp_path):
     s = open_source('folder', str(f))
     linked = {'a/2.webp', 'c/2.webp'} & set(s.keys)  # one folder, two names: entered at least once, and never for ever
     assert linked and set(s.keys) == {'b/0.PNG', 'b/x/1.jpg', 'top.jpeg'} | linked
-    assert s.labels[s.keys.index('top.jpeg')] == -1 and s.labels[s.keys.index('b/x/1.jpg')] == s.labels[s.keys.index('b/0.PNG')] >= 0
+    assert s.labels[s.keys.index('top.jpeg')] == -1
+    assert s.labels[s.keys.index('b/x/1.jpg')] == s.labels[s.keys.index('b/0.PNG')] >= 0
     assert s.sizes.tolist() == [[40, 56]]*len(s)
     (f/'b'/'0.PNG').write_bytes(file('png', picture(20, 30)))
     with pytest.raises(BadImage, match='0.PNG'): s.image(s.keys.index('b/0.PNG'))  # it changed under us

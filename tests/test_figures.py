@@ -1,4 +1,5 @@
-"Figures: papermill ignores a name that it does not know, and overwrites nothing above an untagged cell. Both are silent; here they are not."
+"""Figures: papermill ignores a name that it does not know, and overwrites nothing above an untagged cell. Both are
+silent; here they are not."""
 import ast
 import json
 import logging
@@ -46,7 +47,8 @@ def test_there_are_figures(): assert {p.stem for p in NOTEBOOKS} >= {'fn_fig1_lo
 
 def test_nbdev_leaves_them_alone():
     assert (ROOT/'nbs'/'figures'/'.notest').is_file(), "nbdev_test would run the figures"
-    assert 'allowed_cell_metadata_keys = tags' in (ROOT/'settings.ini').read_text(), "nbdev_clean would strip the tag `parameters`"
+    settings = (ROOT/'settings.ini').read_text()
+    assert 'allowed_cell_metadata_keys = tags' in settings, "nbdev_clean would strip the tag `parameters`"
 
 @pytest.mark.parametrize('path', **by_name)
 def test_one_tagged_cell_and_it_is_the_first(path):
@@ -134,7 +136,8 @@ def test_the_prose_of_a_claim_says_the_rule(path):
 
 @pytest.mark.parametrize('path', **by_name)
 def test_verdicts_come_from_rules(path):
-    "Figure 2 handed one number to `verdict`, which then can only say that nothing was tested: a figure without a rule measures, and judges nothing."
+    """Figure 2 handed one number to `verdict`, which then can only say that nothing was tested: a figure without a
+    rule measures, and judges nothing."""
     assert not calls(path, 'verdict'), '`figure_claim` gives verdicts'
     if path.stem in ('fn_fig2_loss_maps', 'fn_features_pca'):
         assert 'no verdict: one run of each norm' in said(nbformat.read(path, 4)), 'executed before the change'
@@ -157,9 +160,9 @@ def test_it_runs_in_a_fresh_clone(path, fresh_clone, monkeypatch):
     monkeypatch.delenv('DATA', raising=False)
     nb = execute(fresh_clone/path.relative_to(ROOT), timeout=600)
     assert pictures(nb)
-    if {'runs_home', 'method_runs'} & set(re.findall(r'\w+',
-                                                     ''.join(c.source
-                                                             for c in nb.cells))): assert re.search(r'tier (small|medium), committed checkpoints|drawn from figures/', said(nb))
+    words = set(re.findall(r'\w+', ''.join(c.source for c in nb.cells)))
+    if {'runs_home', 'method_runs'} & words:
+        assert re.search(r'tier (small|medium), committed checkpoints|drawn from figures/', said(nb))
 
 def test_drawing_again_leaves_the_committed_files_alone(fresh_clone):
     stem = 'figures/small/ec_fig3_sample_efficiency'

@@ -1,4 +1,5 @@
-"What runs again when something changes, and what a kill leaves. The jobs are stubs; the graph, the launcher and make are the real ones."
+"""What runs again when something changes, and what a kill leaves. The jobs are stubs; the graph, the launcher and
+make are the real ones."""
 import contextlib
 import os
 import re
@@ -14,7 +15,8 @@ import yaml
 from conftest import ROOT
 
 TIERS = sorted(p.stem for p in (ROOT/'params').glob('*.yaml'))
-NOTEBOOK = '{"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": ["ln = None\\n", "dyntanh = None\\n", "images = 4\\n", "out = None"]}]}'
+NOTEBOOK = ('{"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, '
+            '"source": ["ln = None\\n", "dyntanh = None\\n", "images = 4\\n", "out = None"]}]}')
 TIER = dict(
     tier='tiny', threads=1,
     data=dict(train=dict(kind='scenes', images=1500, side=32, seed=0),
@@ -29,7 +31,8 @@ TIER = dict(
 def notebook(module):
     "A figure whose code imports a module."
     return NOTEBOOK.replace(']}]}',
-                            f']}}, {{"cell_type": "code", "metadata": {{}}, "source": ["from jepa_nb.{module} import x"]}}]}}')
+                            f']}}, {{"cell_type": "code", "metadata": {{}}, "source": ["from jepa_nb.{module} '
+                            f'import x"]}}]}}')
 
 
 def clone(folder, tier=TIER):
@@ -133,7 +136,8 @@ def test_only_what_depends_on_it_runs_again(finished, tmp_path, change):
 
 
 def test_depth_heads(tmp_path):
-    "A head per run and set, one random baseline for runs that differ in their norm alone; only what a setting touches is trained again."
+    """A head per run and set, one random baseline for runs that differ in their norm alone; only what a setting
+    touches is trained again."""
     fig = dict(fn_fig11_depth_maps=dict(runs=dict(ln='fn_ln', dyntanh='fn_tanh')))
     tier = TIER | dict(depth=dict(main=dict(steps=3), other=dict(width=4, test='elsewhere/test-*.tar')),
                        figures=TIER['figures'] | fig)
@@ -146,7 +150,8 @@ def test_depth_heads(tmp_path):
     assert sorted(p.name for p in (runs/'baselines').glob('*depth*.json')) == [f'{r}-depth{s}.json'
         for r in ('fn_ln-seed0', 'fn_tanh-seed1') for s in ('-other', '')]
     said = (runs/'fn_tanh/seed1/eval/depth-other.json').read_text()
-    assert 'depth.width=4' in said and '--test elsewhere/test-*.tar' in said and '--tier tiny' in said and 'steps' not in said
+    assert 'depth.width=4' in said and '--test elsewhere/test-*.tar' in said
+    assert '--tier tiny' in said and 'steps' not in said
     said = (runs/'baselines/fn_ln-seed0-depth.json').read_text()
     assert 'fn_tiny_layernorm.yaml' in said and 'depth.steps=3' in said and 'runs/tiny/data/scenes/train-*.tar' in said
     changed(**tier | dict(depth=tier['depth'] | dict(main=dict(steps=4))))(folder)
@@ -204,7 +209,8 @@ def test_other_data_sets(tmp_path):
     assert sorted(p.name for p in (runs/'baselines').glob('*-odd.json')) == ['fn_tanh-seed0-odd.json',
         'fn_tanh-seed1-odd.json', 'pixels-odd.json']
     said = (runs/'fn_tanh/seed1/eval/odd.json').read_text()
-    assert 'odd: {data: elsewhere, protocol: ood_step}' in said and 'runs/tiny/data/scenes/train-*.tar' in said and '--tier tiny' in said
+    assert 'odd: {data: elsewhere, protocol: ood_step}' in said
+    assert 'runs/tiny/data/scenes/train-*.tar' in said and '--tier tiny' in said
     changed(**tier | dict(ood=tier['ood'] | dict(count=dict(target='dist', cuts='scenes'))))(folder)
     assert plan(folder) == dict(ood=2, random_ood=2, pixels_ood=1)
 
@@ -222,7 +228,8 @@ def test_poolings(tmp_path):
     assert files == ['pool-1-1.json', 'pool-4-2.json', 'pool-4-4.json',
                      'pool-off.json'] and not list((folder/'runs/tiny/fn_ln/seed0/eval').glob('pool*'))
     said = (folder/'runs/tiny/fn_tanh/seed1/eval/pool-4-2.json').read_text()
-    assert 'eval.train_images=50 ' in said and 'eval.layers=last' in said and 'eval.epochs=2' in said and said.count('--condition') == 4
+    assert 'eval.train_images=50 ' in said and 'eval.layers=last' in said
+    assert 'eval.epochs=2' in said and said.count('--condition') == 4
     changed(**TIER | dict(pooling=pooling | dict(grid=[[4, 4]]), figures=TIER['figures'] | fig))(folder)
     assert plan(folder) == dict(pool=2, figure=1)
 

@@ -84,7 +84,8 @@ def test_fixed_places_are_uniform(coupled):
 
 
 def test_fixed_covers_rows_as_uniform_places_do():
-    "How often each row is in a target, against what uniform places give, and every patch is both context and target at times."
+    """How often each row is in a target, against what uniform places give, and every patch is both context and
+    target at times."""
     rng, g, draws = np.random.default_rng(1), 12, 3000
     counts, expected, context = np.zeros(g), np.zeros(g), np.zeros(g*g)
     for _ in range(draws):

@@ -218,8 +218,10 @@ def test_streams(tmp_path, workers):
 def test_ctrl_c_leaves_no_worker(tmp_path):
     # where the tests run in the background, a shell has them ignore it
     code = ("import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            "import torch\nfrom jepa_nb.recipes import make_config\nfrom jepa_nb.sources import open_source\nfrom jepa_nb.loader import loader\n"
-            "for k, b in enumerate(loader(open_source('scenes', images=20, side=32), make_config(dict(encoder=dict(patch=4), scale=dict(max_side=8), pack=dict(rows=2))), workers=1)):\n"
+            "import torch\nfrom jepa_nb.recipes import make_config\nfrom jepa_nb.sources import open_source\nfrom "
+            "jepa_nb.loader import loader\n"
+            "for k, b in enumerate(loader(open_source('scenes', images=20, side=32), "
+            "make_config(dict(encoder=dict(patch=4), scale=dict(max_side=8), pack=dict(rows=2))), workers=1)):\n"
             "    if k == 2: print('running', flush=True)\n")
     run = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                            start_new_session=True)

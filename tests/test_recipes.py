@@ -59,7 +59,8 @@ def test_row_8_is_a_checkpoint_of_row_5():
 
 
 def test_pairs_differ_in_the_norm_alone():
-    "As the paper says it; in the repository's records the LayerNorm run of the second pair has a second norm on its targets."
+    """As the paper says it; in the repository's records the LayerNorm run of the second pair has a second norm on
+    its targets."""
     for a, b in ((1, 2), (3, 4), (5, 6)):
         x, y = (config(ROWS[n]) for n in (a, b))
         same = lambda c: replace(c, encoder=replace(c.encoder, norm_out='none'),
@@ -92,7 +93,9 @@ def test_parameters(n, capsys):
     cfg = config(ROWS[n])
     with torch.device('meta'): parts = Encoder(**vars(cfg.encoder)), Predictor(cfg.encoder.dim, **vars(cfg.predictor))
     count = tuple(sum(p.numel() for p in m.parameters()) for m in parts)
-    with capsys.disabled(): print(f'\nrow {n}: {count[0]:,} + {count[1]:,} parameters, {cfg.run.steps:,} steps of {cfg.run.step_images} images', end=' ')
+    with capsys.disabled():
+        print(f'\nrow {n}: {count[0]:,} + {count[1]:,} parameters, {cfg.run.steps:,} steps of {cfg.run.step_images} '
+              f'images', end=' ')
     if n in COUNTS: assert count == COUNTS[n]
 
 
@@ -138,7 +141,8 @@ def test_two_steps_at_reduced_width(run, tmp_path):
 def test_twins_differ_like_the_rows():
     "The small twins of a row differ from those of row 5 in what the row differs in."
     for size in ('tiny', 'small'):
-        twin = {n: load_config(ROOT/f"params/train/fn_{size}_{dict([(5, 'dyntanh'), (6, 'layernorm')]).get(n, f'row{n}')}.yaml") for n in WINDOWED}
+        name = lambda n: {5: 'dyntanh', 6: 'layernorm'}.get(n, f'row{n}')
+        twin = {n: load_config(ROOT/f'params/train/fn_{size}_{name(n)}.yaml') for n in WINDOWED}
         for n, cfg in twin.items():
             full = config(WINDOWED[n], 'authors_code=false')
             assert cfg.encoder.norm_out == full.encoder.norm_out and cfg.scale.rounding == full.scale.rounding
@@ -148,7 +152,8 @@ def test_twins_differ_like_the_rows():
             assert (1-cfg.teacher.steady)/(1-twin[5].teacher.steady) == pytest.approx((1-full.teacher.steady)/(1-.999))
             # a constant has no end of its own
             assert (1-cfg.teacher.end)/(1-twin[5].teacher.end) == pytest.approx((1-full.teacher.end)/(1-.9995)) or n < 3
-        assert twin[7].encoder.experts > 1 and twin[7].pack.rows*2 == twin[5].pack.rows and twin[7].run.steps == 2*twin[5].run.steps
+        assert twin[7].encoder.experts > 1
+        assert twin[7].pack.rows*2 == twin[5].pack.rows and twin[7].run.steps == 2*twin[5].run.steps
 
 
 @pytest.mark.parametrize('setting', ['run.epoch_images=abc', 'run.epoch_images=true', 'run.epochs=.inf',
@@ -162,7 +167,8 @@ def test_epochs_of_no_number(setting):
 
 def test_a_recipe_on_a_base_of_the_first_edition(tmp_path):
     "Each file is translated by itself, so one setting may have its old name in the base and today's in the recipe."
-    (tmp_path/'base.yaml').write_text('released: true\nmasks: {kind: multiblock, group: 4}\npack: {image: 196, target: 160, pool: 1, rows: 4}\nscale: {kind: crop, max_side: 14}')
+    (tmp_path/'base.yaml').write_text('released: true\nmasks: {kind: multiblock, group: 4}\npack: {image: 196, '
+                                      'target: 160, pool: 1, rows: 4}\nscale: {kind: crop, max_side: 14}')
     (tmp_path/'recipe.yaml').write_text('base: base.yaml\nauthors_code: false\nmasks: {mask_group: 2}')
     cfg = load_config(tmp_path/'recipe.yaml', ['condition.kind=positions', 'condition.parts=3'])
     assert (cfg.authors_code, cfg.masks.mask_group, cfg.condition.chunks_per_block) == (False, 2, 3)

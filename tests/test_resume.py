@@ -42,7 +42,8 @@ def start(cfg, run, group=False, **env):
     run.parent.mkdir(exist_ok=True, parents=True)
     recipe = run.parent/f'{run.name}.yaml'
     save_config(cfg, recipe)
-    code = f"from jepa_nb.recipes import load_config; from jepa_nb.train import train; train(load_config({str(recipe)!r}), {str(run)!r})"
+    code = ("from jepa_nb.recipes import load_config; from jepa_nb.train import train; "
+            f"train(load_config({str(recipe)!r}), {str(run)!r})")
     return subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, start_new_session=group,
                             env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', **env))
@@ -117,7 +118,8 @@ def test_everybody_asked_to_stop(tmp_path, signum, code):
         wait_for(tmp_path/f'run{attempt}/checkpoints/step_*', p)
         os.killpg(p.pid, signum)
         out, err = p.communicate(timeout=300)
-        if p.returncode == code and f'stopped by {signum.name}' in err and 'the same command goes on' in err and 'Traceback' not in err: break
+        wanted = (f'stopped by {signum.name}', 'the same command goes on')
+        if p.returncode == code and all(w in err for w in wanted) and 'Traceback' not in err: break
     else: raise AssertionError(err)
     assert checkpoint_folders(tmp_path/f'run{attempt}')
 
@@ -148,14 +150,16 @@ def test_scores_are_refused_at_the_door(tmp_path):
     assert not checkpoint_folders(tmp_path/'run')
 
 def test_begun_at_another_runs_checkpoint(whole, tmp_path):
-    "As FN's code resumes: other images, and then a run like any other, which may be stopped and refuses another beginning."
+    """As FN's code resumes: other images, and then a run like any other, which may be stopped and refuses another
+    beginning."""
     start = whole/'checkpoints/step_00000002'
     for name, stops in (('a', (4,)), ('b', (3, 4))):
         for n in stops: train(tiny(f'run.steps={n}', 'run.log_every=1'), tmp_path/name, progress=False, start=start)
     a, b = results(tmp_path/'a', 4), results(tmp_path/'b', 4)
     assert a == b and a[0] != results(whole, 4)[0] and a[2]['step'] == [3, 4]
     before, after = (json.loads((f/'state.json').read_text()) for f in (start, tmp_path/'b/checkpoints/step_00000003'))
-    assert after['begun_from'] == sha256(start/'model.safetensors') == json.loads((tmp_path/'b/done.json').read_text())['begun_from']
+    done = json.loads((tmp_path/'b/done.json').read_text())
+    assert after['begun_from'] == sha256(start/'model.safetensors') == done['begun_from']
     assert before['planner']['next_draw'] < 64 <= min(after['planner']['pool'])  # the first epoch has 64 draws
     other = whole/'checkpoints/step_00000004'
     with pytest.raises(RunError, match='did not begin at'): train(tiny('run.steps=5'), tmp_path/'a', progress=False,
@@ -244,7 +248,8 @@ def test_dies_with_its_graph(tmp_path):
     job = ("from jepa_nb.launch import join_job_lock; join_job_lock(); from jepa_nb.recipes import load_config; "
            f"from jepa_nb.train import train; train(load_config({str(tmp_path/'r.yaml')!r}), {str(tmp_path/'run')!r})")
     graph = subprocess.Popen([sys.executable, '-c',
-                              f"import os, subprocess, sys; os.environ['JEPA_NB_PARENT'] = str(os.getpid()); subprocess.run([sys.executable, '-c', {job!r}])"],
+                              f"import os, subprocess, sys; os.environ['JEPA_NB_PARENT'] = str(os.getpid()); "
+                              f"subprocess.run([sys.executable, '-c', {job!r}])"],
                              cwd=tmp_path, env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'),
                              stdout=subprocess.DEVNULL)
     wait_for(tmp_path/'run/.lock', graph)
@@ -328,7 +333,8 @@ COMMITTED = sorted(p.parent for t in ('small', 'medium')
                    for p in (ROOT/'figures'/t/'checkpoints').glob('*/*/model.safetensors'))
 
 def test_committed_checkpoints_open():
-    "Settings and tensors of every checkpoint in the repository, under today's names and with the shapes of today's model."
+    """Settings and tensors of every checkpoint in the repository, under today's names and with the shapes of today's
+    model."""
     assert len(COMMITTED) > 20
     models = {}
     for folder in COMMITTED:

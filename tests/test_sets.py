@@ -95,7 +95,8 @@ CONTENT = {
     | {f'tiny-imagenet-200/val/images/val_{i}.JPEG': photo(i) for i in range(2)} |
                      {'tiny-imagenet-200/wnids.txt': b'n02056570\nn01443537\n',
                       f'tiny-imagenet-200/train/{TINY[0]}/{TINY[0]}_boxes.txt': b'x',
-                      'tiny-imagenet-200/val/val_annotations.txt': b'val_0.JPEG\tn02056570\t0\t0\t5\t5\nval_1.JPEG\tn01443537\t0\t0\t5\t5\n'},
+                      'tiny-imagenet-200/val/val_annotations.txt': b'val_0.JPEG\tn02056570\t0\t0\t5\t5\n'
+                                                                   b'val_1.JPEG\tn01443537\t0\t0\t5\t5\n'},
 }
 VAL = {f'ILSVRC2012_val_{i:08d}.JPEG': photo(i) for i in (1, 2, 3)}
 WANT = { # labels of training and test images by key
@@ -241,7 +242,9 @@ def test_hostile_names(tmp_path, evil, gz):
 def test_links_in_archives_are_not_followed(tmp_path):
     f = io.BytesIO(tar(CONTENT['food101']))
     with tarfile.open(fileobj=f, mode='a') as t:
-        info = tarfile.TarInfo('food-101/images/ramen/9.jpg'); info.type, info.linkname = tarfile.SYMTYPE, '/etc/passwd'; t.addfile(info)
+        info = tarfile.TarInfo('food-101/images/ramen/9.jpg')
+        info.type, info.linkname = tarfile.SYMTYPE, '/etc/passwd'
+        t.addfile(info)
     (tmp_path/'x.tar').write_bytes(f.getvalue())
     assert 'food-101/images/ramen/9.jpg' not in open_files(tmp_path/'x.tar').entries
 
@@ -255,8 +258,8 @@ def test_checksum(tmp_path):
     assert file_md5(file) == hashlib.md5(file.read_bytes()).hexdigest()
     refused(tmp_path, 'food101', at, 'expected', md5=['0'*32])
     assert made('food101', tmp_path/'out', at, md5=['0'*32, file_md5(file)])['train']['images'] == 3
-    with pytest.warns(UserWarning,
-                      match='not the whole of .* food-101.tar.gz has not the published checksum'): shards_from_public('food101', tmp_path/'part', at, progress=False)
+    with pytest.warns(UserWarning, match='not the whole of .* food-101.tar.gz has not the published checksum'):
+        shards_from_public('food101', tmp_path/'part', at, progress=False)
 
 def test_the_published_checksum_is_asked_of_a_whole_set(tmp_path, monkeypatch):
     at = archives('food101', tmp_path/'from')

@@ -1,4 +1,4 @@
-"""Fill the blocks of numbers in README.md and RESULTS.md, and links to pictures, from the committed figures: no number is typed.
+"""Fill the blocks of numbers in README.md and RESULTS.md, and links to pictures, from the committed figures.
 
     python workflow/readme.py           # rewrite both
     python workflow/readme.py --check   # exit 1 if that would change one"""
@@ -18,12 +18,17 @@ def found():
     rows = {(t, int(r['number'])): r for t in TIERS for r in csv.DictReader(open(ROOT/'figures'/t/'claims.csv'))}
     def number(tier, claim, digits=2):
         r = rows[tier, claim]
-        return f"{float(r['ours']):+.{digits}f} [{float(r['low']):+.{digits}f}, {float(r['high']):+.{digits}f}]".replace('-', '−')
+        ours, low, high = (f'{float(r[k]):+.{digits}f}'.replace('-', '−') for k in ('ours', 'low', 'high'))
+        return f'{ours} [{low}, {high}]'
     paper, costs = float(rows['medium', 5]['paper_value']), rows['medium', 23]
-    return (f"On 40,000 images of Tiny ImageNet, three seeds, a DynTanh in place of the output LayerNorm of I-JEPA keeps the order of token energies "
-            f"that LayerNorm removes, but does not probe better: {number('medium', 5)} points (95 % interval), where the paper reports {paper:+.1f} on "
-            f"ImageNet. Spatial conditioning of the encoders probes {number('medium', 18)} points better there and {number('small', 18)} on CIFAR-10, "
-            f"for {float(costs['ours']):.1f} % more operations where the paper says {float(costs['paper_value']):.0f} %.")
+    return (f"On 40,000 images of Tiny ImageNet, three seeds, a DynTanh in place of the output LayerNorm of I-JEPA "
+            f"keeps the order of token energies "
+            f"that LayerNorm removes, but does not probe better: {number('medium', 5)} points (95 % interval), "
+            f"where the paper reports {paper:+.1f} on "
+            f"ImageNet. Spatial conditioning of the encoders probes {number('medium', 18)} points better there and "
+            f"{number('small', 18)} on CIFAR-10, "
+            f"for {float(costs['ours']):.1f} % more operations where the paper says "
+            f"{float(costs['paper_value']):.0f} %.")
 
 
 def table1(tier):
@@ -34,7 +39,8 @@ def table1(tier):
     about = json.loads((FIGURES/'fn_table1.json').read_text())
     base = max(float(r['acc_max']) for r in rows if r['ours'] in ('random init', 'raw pixels'))
     probe = json.loads((FIGURES/'checkpoints/fn_ln/seed0/eval/probe.json').read_text())
-    out = [f"{TIERS[tier]}, {probe['n_train']:,} training and {probe['n_test']:,} test images (`{about['notes']['data']}`), accuracy in %, mean over seeds [smallest, largest]; "
+    out = [f"{TIERS[tier]}, {probe['n_train']:,} training and {probe['n_test']:,} test images "
+           f"(`{about['notes']['data']}`), accuracy in %, mean over seeds [smallest, largest]; "
            "the probe is fitted to convergence, its depth chosen on held-out training images:", '',
            '| features | linear probe | least seed above the better baseline | k-NN | images seen | seeds |',
            '|---|---|---|---|---|---|']
@@ -45,7 +51,8 @@ def table1(tier):
         out.append(f"| {r['method']} | {span('acc')} | {above} | {span('knn')} "
                    f"| {int(float(r['images_seen'] or 0)):,} | {r['seeds']} |")
     return '\n'.join([*out, '',
-                      f"From LayerNorm to DynTanh: {about['claim']['ours'].split('; ')[0]}; that DynTanh is better: *{about['claim']['verdict']}*."])
+                      f"From LayerNorm to DynTanh: {about['claim']['ours'].split('; ')[0]}; that DynTanh is better: "
+                      f"*{about['claim']['verdict']}*."])
 
 
 def ec(tier):
@@ -65,7 +72,8 @@ def ec(tier):
         return (f'{sum(v)/len(v):.1f}' + (f' [{min(v):.1f}, {max(v):.1f}]'
                                           if max(v)-min(v) >= .05 else '')) if v else '–'
     first = next(r for r in probe if r['method'] == 'EC-IJEPA')
-    out = [f"{TIERS[tier]}, {int(first['n_train']):,} training and {int(first['n_test']):,} test images, and other sets by the second paper's protocols; accuracy in %, mean over seeds [smallest, largest]:", '',
+    out = [f"{TIERS[tier]}, {int(first['n_train']):,} training and {int(first['n_test']):,} test images, and other "
+           f"sets by the second paper's protocols; accuracy in %, mean over seeds [smallest, largest]:", '',
            f"| features | linear probe | k-NN | RankMe | LiDAR | {' | '.join(names)} | images seen | seeds |",
            '|---'*(7+len(names)) + '|']
     for label, m, before in (('EC-IJEPA', 'EC-IJEPA', ''), ('I-JEPA', 'I-JEPA', ''),
@@ -74,8 +82,10 @@ def ec(tier):
         of = lambda found: [r for r in found if (r['method'], r['of']) == (m, before)]
         if not (mine := of(probe)): continue
         n = int(mine[0]['n_train'])
-        out.append(f"| {label}{f' ({n:,} training images)' if n != int(first['n_train']) else ''} | {span(mine, 'acc')} | {span(mine, 'knn')} | {span(of(rank), 'rankme')} | {span(of(rank), 'lidar')} | " + ' | '.join(span([r for r in of(sets) if r['set'] == n], 'acc') for n in names)
-                   + f" | {int(float(mine[0]['images_seen'] or 0)):,} | {len({r['seed'] for r in mine})} |")
+        out.append(f"| {label}{f' ({n:,} training images)' if n != int(first['n_train']) else ''} | "
+                   f"{span(mine, 'acc')} | {span(mine, 'knn')} | {span(of(rank), 'rankme')} | "
+                   f"{span(of(rank), 'lidar')} | "
+                   + ' | '.join(span([r for r in of(sets) if r['set'] == n], 'acc') for n in names) + f" | {int(float(mine[0]['images_seen'] or 0)):,} | {len({r['seed'] for r in mine})} |")
     return '\n'.join(out)
 
 
@@ -90,7 +100,8 @@ def claims(tier):
     out = [f'Of {len(rows)} claims at tier {tier}: {count}.']
     if judged: out += ['', '| claim | compared | paper | ours, 95 % interval | verdict |', '|---|---|---|---|---|']
     number = lambda v: f'{float(v):+.3g}' if v else '–'
-    out += [f"| {r['number']} · {r['claim']} | {r['metric']} | {number(r['paper_value'])} | {number(r['ours'])} [{number(r['low'])}, {number(r['high'])}] | *{r['verdict']}* |" for r in judged]
+    out += [f"| {r['number']} · {r['claim']} | {r['metric']} | {number(r['paper_value'])} | {number(r['ours'])} "
+            f"[{number(r['low'])}, {number(r['high'])}] | *{r['verdict']}* |" for r in judged]
     return '\n'.join(out)
 
 
@@ -119,8 +130,10 @@ def filled(text, name):
     def block(m):
         what, tier = m[1], (m[2] or '').strip()
         if what == 'found' and not tier: body = found()
-        elif what not in BLOCKS: sys.exit(f"{name}: no block of numbers is called {what}; there are {', '.join(BLOCKS)}")
-        elif tier not in TIERS: sys.exit(f"{name}: no figures of a tier {tier} are committed; there are {', '.join(TIERS)}")
+        elif what not in BLOCKS:
+            sys.exit(f"{name}: no block of numbers is called {what}; there are {', '.join(BLOCKS)}")
+        elif tier not in TIERS:
+            sys.exit(f"{name}: no figures of a tier {tier} are committed; there are {', '.join(TIERS)}")
         else: body = BLOCKS[what](tier)
         return f'<!-- numbers: {what}{" "*bool(tier)}{tier} -->\n{body}\n<!-- end -->'
     def picture(m):
@@ -135,4 +148,5 @@ if __name__ == '__main__':
         old = path.read_text()
         new = filled(old, path.name)
         if '--check' not in sys.argv: path.write_text(new)
-        elif new != old: sys.exit(f"{path.name}: its numbers are not those of the committed figures; run python workflow/readme.py")
+        elif new != old:
+            sys.exit(f"{path.name}: its numbers are not those of the committed figures; run python workflow/readme.py")
