@@ -85,7 +85,8 @@ def ec(tier):
         out.append(f"| {label}{f' ({n:,} training images)' if n != int(first['n_train']) else ''} | "
                    f"{span(mine, 'acc')} | {span(mine, 'knn')} | {span(of(rank), 'rankme')} | "
                    f"{span(of(rank), 'lidar')} | "
-                   + ' | '.join(span([r for r in of(sets) if r['set'] == n], 'acc') for n in names) + f" | {int(float(mine[0]['images_seen'] or 0)):,} | {len({r['seed'] for r in mine})} |")
+                   + ' | '.join(span([r for r in of(sets) if r['set'] == n], 'acc') for n in names)
+                   + f" | {int(float(mine[0]['images_seen'] or 0)):,} | {len({r['seed'] for r in mine})} |")
     return '\n'.join(out)
 
 
