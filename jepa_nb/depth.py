@@ -14,7 +14,7 @@ import io
 import json
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,8 @@ from .depth_head import DPT, METRICS, ThreeConvs, depth_errors, depth_loss, head
 from .eval_config import DepthConfig
 from .features import features
 from .frozen import center_square, extract, open_encoder, warn_skipped
-from .files import RunError, repo_path, file_hash, short_path, weights_file, write_atomic
-from .images import BadImage, DataError, read_image
+from .files import RunError, repo_path, sha256, short_path, weights_file, write_atomic
+from .images import BadImage, DataError, to_rgb
 from .patches import centre_crop
 from .recipes import load_config, make_depth, untrained_fingerprint
 from .stats import bootstrap
@@ -271,13 +271,13 @@ def head_bytes(head:Head)->bytes:
 
 def open_head(
     path:str|Path,        # of the safetensors file
-    sha256:str|None=None, # checksum that it must have; None: any
+    checksum:str|None=None, # checksum that it must have; None: any
 )->Head:
     "Load a head from its file; raises RunError where it is missing, damaged, or another checksum is found."
     path = repo_path(path)
     if not path.is_file(): raise RunError(f"{short_path(path)}: no depth head; `jepa_nb depth RUN` trains one")
     data = path.read_bytes()
-    if sha256 not in (None, file_hash(path)):
+    if checksum not in (None, sha256(path)):
         raise RunError(f"{short_path(path)}: damaged, its checksum differs from the one in the JSON beside it; "
                        "remove both and evaluate again")
     try:
@@ -370,47 +370,47 @@ def write_depth(
     np.savez_compressed(arrays, **errors)
     write_atomic(out.with_suffix('.safetensors'), head_bytes(head))
     write_atomic(out.with_suffix('.npz'), arrays.getvalue())
-    result = result | dict(head_sha256=file_hash(out.with_suffix('.safetensors')))
+    result = result | dict(head_sha256=sha256(out.with_suffix('.safetensors')))
     write_atomic(out, json.dumps(result, indent=1)+'\n')
 
 def evaluate_depth(
     run,                # a run or checkpoint; a Config: that model before training
-    train, test,        # sources with depth
+    train,              # source with depth, that the head is trained on
+    test,               # source with depth, that it is tested on
+    cfg:DepthConfig=DepthConfig(), # every setting
     out=None,           # JSON to write, with errors and head beside it, see `write_depth`; None writes nothing
-    cfg:DepthConfig=DepthConfig(), # of the head
-    train_images=None,  # use at most so many
-    test_images=None,   # use at most so many
-    name=None,          # what the result is called; None takes the run's name
-    seed:int|None=None, # of the head; None takes the run's
-    tier=None,          # stored in the result
+    labels:dict|None=None, # what the result is called: run (default: the run's name), tier
     progress:bool=True, # show bars
-)->dict:
+)->dict:                # what is written
     "Train a depth head on a run's frozen features, test it, and write the result."
-    start, device = time.time(), 'cuda' if torch.cuda.is_available() else 'cpu'
+    start, device, labels = time.time(), 'cuda' if torch.cuda.is_available() else 'cpu', labels or {}
     is_random = isinstance(run, Config)
     found = None if is_random else find_checkpoint(run) # a run may have a newer one that is damaged
     model, recipe = (random_model(run), run) if is_random else open_run(found, parts=('teacher',))
-    encoder, e, seed = open_encoder(model).to(device), recipe.encoder, recipe.run.seed if seed is None else seed
+    encoder, e = open_encoder(model).to(device), recipe.encoder
+    seed = recipe.run.seed if cfg.seed is None else cfg.seed
     side, layers = cfg.side or recipe.scale.max_side*e.patch, head_layers(cfg, e.depth)
     refuse_shared(train, test)
     bar = lambda text: text if progress else None
     make_pairs = lambda source, n, text: DepthPairs(encoder, source, indices_with_depth(source, n), side, layers,
                                                     cfg.crop, progress=bar(text))
-    fitted, tested = make_pairs(train, train_images, 'train features'), make_pairs(test, test_images, 'test features')
+    fitted = make_pairs(train, cfg.train_images, 'train features')
+    tested = make_pairs(test, cfg.test_images, 'test features')
     head, losses = train_depth_head(encoder, fitted, cfg, seed, bar('depth head'))
-    truths = (fitted.cached[1] if fitted.cached
-              else depth_truths(train, fitted.indices[fitted.spread(1024)], side, cfg.crop))
+    truths = fitted.cached[1] if fitted.cached else depth_truths(train, fitted.indices[fitted.spread(1024)], side,
+                                                                 cfg.crop)
     errors = image_errors(head, tested, mean_map(truths), bar('test'))
     result = dict(
-        run=name or recipe.run.name, features='random init' if is_random else 'teacher', is_random=is_random,
-        recipe=recipe.run.name, norm=e.norm_out, seed=seed, tier=tier, kind='depth', data=short_path(test.name),
-        untrained=untrained_fingerprint(recipe) if is_random else None, train_data=short_path(train.name),
-        **error_summary(errors), n_train=len(fitted), n_test=len(errors['index']),
+        run=labels.get('run') or recipe.run.name, features='random init' if is_random else 'teacher',
+        is_random=is_random,
+        recipe=recipe.run.name, norm=e.norm_out, seed=seed, tier=labels.get('tier'), kind='depth',
+        untrained=untrained_fingerprint(recipe) if is_random else None, data=short_path(test.name),
+        train_data=short_path(train.name), **error_summary(errors), n_train=len(fitted), n_test=len(errors['index']),
         n_broken=len(tested)-len(errors['index']), side=side, layers=layers,
         parameters=sum(p.numel() for p in head.parameters()), loss=float(np.mean(losses[-50:])), settings=asdict(cfg),
         images_seen=0 if is_random else images_seen(found),
         checkpoint=short_path(run) if isinstance(run, (str, Path)) else None,
-        checkpoint_sha256=None if is_random else file_hash(weights_file(found)), seconds=round(time.time()-start, 1))
+        checkpoint_sha256=None if is_random else sha256(weights_file(found)), seconds=round(time.time()-start, 1))
     if out is not None: write_depth(Path(out), result, errors, head)
     return result
 
@@ -480,6 +480,7 @@ def predict_depth(
     "Predict the depth of images in metres, from nothing but their pixels."
     encoder, head = open_encoder(open_run(run, parts=('teacher',))[0]), result_head(read_depth(run, name))
     def predict(image):
-        h = features(encoder, center_square(read_image(image), head.side)[None], head.layers, pool='none')
-        return head(rearrange(h, 'i D (y x) d -> i D d y x', y=head.side//encoder.patch))
+        square = center_square(to_rgb(image), head.side)[None]
+        tokens = features(encoder, square, head.layers, pool='none')
+        return head(rearrange(tokens, '1 D (y x) d -> 1 D d y x', y=head.side//encoder.patch))
     return torch.cat([head.metres(predict(image)) for image in images])

@@ -21,11 +21,12 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor
 
-from .checkpoint import checkpoints, find_checkpoint, images_seen, open_run, random_model, training_progress
+from .checkpoint import checkpoints, find_checkpoint, images_seen, open_run, random_model
+from .files import training_progress
 from .conditioning import resolve_pooling
 from .config import Config
 from .eval_config import EvalConfig, RankConfig, SetConfig
-from .files import RunError, file_hash, short_path, weights_file, write_atomic
+from .files import RunError, sha256, short_path, weights_file, write_atomic
 from .frozen import extract, training_views
 from .heads import PROTOCOLS, head_probe
 from .images import DataError
@@ -142,7 +143,8 @@ def evaluate(
     labels:dict|None=None, # what the result is called: run (default: the run's name), tier, set
     progress:bool=True, # bars
 )->dict:                # what is written
-    "Probe a run at every depth (FN §5.1), or as one of EC's protocols says. Raises DataError where the images do not fit."
+    "Probe a run at every depth (FN §5.1), or as one of EC's protocols says. Raises DataError where the images do "
+    "not fit."
     start, device, labels = time.time(), 'cuda' if torch.cuda.is_available() else 'cpu', labels or {}
     cfg = cfg.resolved()
     subject = open_subject(run, cfg, device)
@@ -157,7 +159,7 @@ def evaluate(
     about = describe(subject, task, f, cfg, labels, probe)
     scores = summarise(subject, cfg, probe, neighbours, normed)
     origin = dict(checkpoint=short_path(run) if subject.checkpoint and isinstance(run, (str, Path)) else None,
-                  checkpoint_sha256=file_hash(weights_file(subject.checkpoint)) if subject.checkpoint else None)
+                  checkpoint_sha256=sha256(weights_file(subject.checkpoint)) if subject.checkpoint else None)
     result = about | scores | origin | dict(seconds=round(time.time()-start, 1))
     if out is not None: write_answers(out, result, probe['correct'], neighbours, f)
     return result
@@ -177,7 +179,7 @@ def describe(
     who = dict(
         run=name, features='student' if is_run and cfg.part == 'encoder' else subject.kind,
         is_random=subject.kind == 'random init',
-        recipe=recipe and recipe.run.name, norm=recipe and recipe.encoder.norm_out, masks=recipe and recipe.masks.said,
+        recipe=recipe and recipe.run.name, norm=recipe and recipe.encoder.norm_out, masks=recipe and recipe.masks.label,
         seed=recipe.run.seed if recipe else 0, untrained=untrained_fingerprint(recipe) if recipe
         and not is_run else None)
     question = dict(
@@ -270,7 +272,8 @@ def kept_checkpoints(
     return [c for c in found if c == found[-1] or step_of(c) in keep_at]
 
 def step_of(checkpoint:Path)->int|None:
-    "The number of updates that a checkpoint had; None where it was converted from another library's, which does not say."
+    """The number of updates that a checkpoint had; None where it was converted from another library's, which does
+    not say."""
     weights = weights_file(checkpoint)
     if 'step' in training_progress(checkpoint): return training_progress(checkpoint)['step']
     if weights and (weights.parent/'origin.json').is_file(): return None
@@ -328,7 +331,7 @@ def rank_checkpoints(
     result = dict(
         run=recipe.run.name, norm=recipe.encoder.norm_out, seed=recipe.run.seed, tier=(labels or {}).get('tier'),
         data=short_path(train.name), test=short_path(test.name), n_train=p['n_train'], n_test=p['n_test'],
-        masks=recipe.masks.said,
+        masks=recipe.masks.label,
         rank_images=min(ranks.rank_images, len(train)), lidar_images=ranks.lidar_images, lidar_views=ranks.lidar_views,
         views='crops' if lidar_config(recipe).scale.kind == 'crop' else 'sizes', dim=recipe.encoder.dim,
         conditioned=ranks.conditioned and recipe.condition.kind != 'none', eval=p['eval'], checkpoints=rows,

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .checkpoint import open_run
 from .conditioning import counts_in_mean
 from .features import features
-from .images import BadImage, DataError, read_image
+from .images import BadImage, DataError, to_rgb
 from .patches import CROP_TRIES, centre_crop, crop_box, resize
 
 # %% ../nbs/40_frozen.ipynb #2add255a
@@ -190,7 +190,7 @@ def encode(
         fits = side//patch*patch or patch
         raise ValueError(f"patches of {patch} px do not tile a side of {side} px; {fits} would do")
     for k, image in enumerate(images):
-        x = read_image(image)
+        x = to_rgb(image)
         x = center_square(x, side) if side else fit_patches(x, patch, largest or 16)
         groups.setdefault(x.shape, []).append((k, x))
     dense, pooled = {}, {}

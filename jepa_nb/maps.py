@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from einops import repeat
 from matplotlib.colors import hsv_to_rgb
 
-
 from .config import Config
 from .features import features
 from .frozen import center_square, open_encoder, square_batches
@@ -178,10 +177,11 @@ def token_energies(
 )->tuple[np.ndarray,np.ndarray]:
     "Energy of every token of whole images (FN §1)."
     encoder = open_encoder(model)
-    before = np.full((len(ids), len(encoder.blocks)+1, side, side), np.nan)
-    after = np.full((len(ids), side, side), np.nan)
+    depths = len(encoder.blocks)+1
+    before, after = np.full((len(ids), depths, side, side), np.nan), np.full((len(ids), side, side), np.nan)
     for places, images in square_batches(source, ids, side*encoder.patch, max(1, tokens//side**2), progress):
-        e = energy(features(encoder, images, norm='both', pool='none')).view(len(places), -1, side, side).cpu().numpy()
+        h = features(encoder, images, norm='both', pool='none')
+        e = energy(h).view(len(h), depths+1, side, side).cpu().numpy()
         before[places], after[places] = e[:, :-1], e[:, -1]
     return before, after
 

@@ -20,91 +20,96 @@ from .patches import Tokens, positions, to_imagenet, to_unit
 
 # %% ../nbs/23_model.ipynb #2a4fc105
 def _mean(losses)->Tensor|None:
-    "Mean of the layers' own losses, None where there are none."
+    "Mean of the losses that are not None; None if all are."
     losses = [l for l in losses if l is not None]
     return torch.stack(losses).mean() if losses else None
 
 def run_blocks(
     model,            # Encoder or Predictor
     x:Tensor,         # [n d] flat
-    rope:Tensor|None,
-    lay:TokenLayout,
+    rope:Tensor|None, # RoPE angles; None: positions are in `x` already
+    lay:TokenLayout,  # of the tokens
     keep:bool=False,  # keep the output of every depth
-)->tuple[list[Tensor],Tensor|None]: # flat [n d] of the last or of all depths, loss of the experts
-    "All blocks, one after the other."
-    hidden, losses, again = [x], [], model.checkpointing and torch.is_grad_enabled()
+)->tuple[list[Tensor],Tensor|None]: # flat [n d] of the last or of all depths; mean auxiliary loss of the MLPs
+    "Apply all blocks; with `model.checkpointing` their activations are recomputed in the backward pass."
+    hidden, losses, recompute = [x], [], model.checkpointing and torch.is_grad_enabled()
     for block in model.blocks:
-        x, loss = checkpoint(block, x, rope, lay, use_reentrant=False) if again else block(x, rope, lay)
+        x, loss = checkpoint(block, x, rope, lay, use_reentrant=False) if recompute else block(x, rope, lay)
         hidden = hidden + [x] if keep else [x]
         losses.append(loss)
     return hidden, _mean(losses)
 
 @torch.no_grad()
 def init_vit(
-    model:nn.Module,   # has `blocks`; experts keep their own start
-    scaled:bool=False, # divide the last layers of block l = 1, 2, ... by sqrt(2l)
+    model:nn.Module,   # has `blocks`; weights of experts stay as they are
+    scaled:bool=False, # divide the output layers of block l = 1, 2, ... by sqrt(2l)
 ):
-    "Normal weights of deviation 0.02 and no biases, as I-JEPA starts (IJ, and its code)."
+    "Initialise linear layers as I-JEPA does: truncated normal weights of deviation 0.02, biases 0 (IJ, and its code)."
     for m in model.modules():
         if isinstance(m, nn.Linear):
             nn.init.trunc_normal_(m.weight, std=.02)
             if m.bias is not None: nn.init.zeros_(m.bias)
-    if not scaled: return # the authors' code scales, then draws all weights anew: what they ran is not scaled
+    if not scaled: return # the authors' code scales, then draws all weights again: their networks are not scaled
     for l, block in enumerate(model.blocks, 1):
-        for m in (block.attn.out, getattr(block.mlp, 'down', None)):
+        for m in (block.attn.proj, getattr(block.mlp, 'down', None)):
             if m is not None: m.weight /= (2*l)**.5
 
 # %% ../nbs/23_model.ipynb #02d8fbec
 def add_positions(
     x:Tensor,    # [n d] flat
-    pos:Tensor,  # [n 2]
+    pos:Tensor,  # [n 2] row and column, in patches
     model,       # Encoder or Predictor
-)->tuple[Tensor,Tensor|None]: # tokens, and the angles that blocks turn them by
-    "Tell tokens where they are: now, or in every layer."
+)->tuple[Tensor,Tensor|None]: # tokens [n d], RoPE angles for every block
+    "Add position embeddings, or return RoPE angles for every block."
     if model.position == 'rope': return x, rope2d(pos, model.dim//model.heads)
-    if model.table is None: return x + sincos2d(pos, model.codes), None
-    at, (y, w) = pos.long(), model.table.shape[:2]
-    if at.device.type == 'cpu' and len(at) and (at.amax(0) >= torch.tensor([y, w])).any(): raise ValueError(f"positions are a table of {y}x{w} patches; an image of others needs it `interpolate_pos_embed` (`jepa_nb eval --stretch`)")
-    return x + F.embedding(at[..., 0]*w + at[..., 1], model.table.flatten(0, 1)), None
+    if model.pos_embed is None: return x + sincos2d(pos, model.sincos_table), None
+    pos, (rows, columns) = pos.long(), model.pos_embed.shape[:2]
+    if pos.device.type == 'cpu' and len(pos) and (pos.amax(0) >= torch.tensor([rows, columns])).any():
+        raise ValueError(f"position embeddings are for {rows}x{columns} patches; "
+                         f"a larger image needs `interpolate_pos_embed` (`eval.stretch=true`)")
+    return x + F.embedding(pos[..., 0]*columns + pos[..., 1], model.pos_embed.flatten(0, 1)), None
 
 class Encoder(nn.Module):
     "ViT on packed patches (FN §2, §8.2); the keywords are the fields of `EncoderConfig`."
     def __init__(self,
         patch:int=16,           # pixels per patch side
-        dim:int=384, depth:int=12, heads:int=6,
+        dim:int=384, depth:int=12, heads:int=6, # channels, blocks, attention heads
         mlp:str='plain',        # or 'diffmoe', 'expert_choice'
-        mlp_ratio:float=4.,
-        experts:int=16, expert_init:str='fan_in', capacity_padding:bool=False, # of the experts
-        norm_block:str='layernorm',
-        norm_out:str='layernorm',# on the features
-        gelu:str='tanh',
+        mlp_ratio:float=4.,     # channels inside the MLP, over dim
+        experts:int=16, expert_init:str='fan_in', capacity_padding:bool=False, # see `DiffMoE`
+        norm_block:str='layernorm', # in the blocks
+        norm_out:str='layernorm',# of the features: FN's subject
+        gelu:str='tanh',        # or 'exact'
         position:str='rope',    # or 'sincos', 'table'
-        grid:int|None=None,     # patches per side of a table
-        qk_norm:bool=True, attn_bias:bool=False, norm_eps:float=1e-5,
-        init:str='torch',       # or 'vit', 'vit_scaled'
-        pixels:str='unit',      # or 'unit_bfloat16', 'imagenet'
+        grid:int|None=None,     # position='table': patches per side
+        qk_norm:bool=True, attn_bias:bool=False, norm_eps:float=1e-5, # see `Block`
+        init:str='torch',       # or 'vit', 'vit_scaled': see `init_vit`
+        pixels:str='unit',      # or 'unit_bfloat16', 'imagenet': how uint8 pixels are normalised
     ):
         super().__init__()
         new_mlp = lambda: make_mlp(mlp, dim, mlp_ratio, experts, gelu, expert_init, capacity_padding)
         self.patch, self.dim, self.heads, self.pixels, self.position = patch, dim, heads, pixels, position
         self.embed = nn.Linear(3*patch**2, dim)
-        self.blocks = nn.ModuleList(Block(dim, heads, new_mlp(), norm_block, qk_norm, attn_bias, norm_eps) for _ in range(depth))
+        new_block = lambda: Block(dim, heads, new_mlp(), norm_block, qk_norm, attn_bias, norm_eps)
+        self.blocks = nn.ModuleList(new_block() for _ in range(depth))
         self.norm = norm(norm_out, dim, norm_eps)
-        self.register_buffer('codes', sincos_table(dim) if position == 'sincos' else None, persistent=False)
-        self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(grid, grid, dim), std=.02)) if position == 'table' else None # [y x d]
-        self.checkpointing, self.conditioner = False, None # what makes its extra tokens, if anything does
+        self.register_buffer('sincos_table', sincos_table(dim) if position == 'sincos' else None, persistent=False)
+        new_table = lambda: nn.Parameter(nn.init.trunc_normal_(torch.empty(grid, grid, dim), std=.02)) # [y x d]
+        self.pos_embed = new_table() if position == 'table' else None
+        self.checkpointing, self.conditioner = False, None # conditioner: makes the conditioning tokens (EC)
         if init != 'torch': init_vit(self, scaled=init == 'vit_scaled')
 
     def forward_blocks(self,
         tokens:Tokens,          # x [b n p] uint8 or in [-1, 1]
         form:str='auto',        # of attention: 'flat', 'dense'
         keep:bool=False,        # keep the output of every depth
-        extra:Tokens|None=None, # x [b e d] as blocks take it, pos [b e 2], sample [b e]
-        keep_extra:bool=False,  # their outputs are wanted too, in e more slots
-    )->tuple[list[Tensor],TokenLayout,Tensor|None]: # flat [n d] of the last or of all depths, layout, loss of the experts
-        "Everything before the output norm."
+        extra:Tokens|None=None, # conditioning tokens: x [b e d], pos [b e 2], sample [b e]
+        keep_extra:bool=False,  # return their outputs too, in e more slots
+    )->tuple[list[Tensor],TokenLayout,Tensor|None]: # flat [n d] of the last or of all depths; layout; auxiliary loss
+        "Patch embedding, positions and blocks: all of the encoder before its output norm."
         if tokens.x.shape[-1] != 3*self.patch**2:
-            raise ValueError(f"patches have {tokens.x.shape[-1]} values; this encoder takes 3*{self.patch}*{self.patch}")
+            raise ValueError(f"patches have {tokens.x.shape[-1]} values, this encoder takes "
+                             f"3*{self.patch}*{self.patch}")
         lay = token_layout(tokens.sample, form)
         x = lay.flat(tokens.x)
         if x.dtype == torch.uint8: x = to_unit(x, 'bfloat16' if self.pixels == 'unit_bfloat16' else 'float32')
@@ -116,95 +121,123 @@ class Encoder(nn.Module):
         if self.position != 'rope': x, _ = add_positions(x, lay.flat(tokens.pos), self)
         return self.forward_with_extra(x, lay, tokens, form, keep, extra, keep_extra)
 
-    def forward_with_extra(self, x:Tensor, lay:TokenLayout, tokens:Tokens, form:str, keep:bool, extra:Tokens, keep_extra:bool)->tuple[list[Tensor],TokenLayout,Tensor|None]:
-        "The blocks, with extra tokens in slots behind those of the patches."
+    def forward_with_extra(self,
+        x:Tensor,         # [n d] embedded patches, flat
+        lay:TokenLayout,  # of the patches
+        tokens:Tokens,    # the patches: pos and sample
+        form:str, keep:bool, extra:Tokens, keep_extra:bool, # see `forward_blocks`
+    )->tuple[list[Tensor],TokenLayout,Tensor|None]: # see `forward_blocks`
+        "Run the blocks on patch tokens followed by conditioning tokens."
         n, both = tokens.sample.shape[1], token_layout(torch.cat((tokens.sample, extra.sample), 1), form)
         x = both.flat(torch.cat((lay.rows(x), extra.x.to(x.dtype)), 1))
-        rope = None if self.position != 'rope' else add_positions(x, both.flat(torch.cat((tokens.pos, extra.pos), 1)), self)[1]
+        pos, rope = torch.cat((tokens.pos, extra.pos), 1), None
+        if self.position == 'rope': _, rope = add_positions(x, both.flat(pos), self)
         hidden, loss = run_blocks(self, x, rope, both, keep)
         return (hidden, both, loss) if keep_extra else ([lay.flat(both.rows(h)[:, :n]) for h in hidden], lay, loss)
 
-    def features(self, tokens:Tokens, form:str='auto', extra:Tokens|None=None, keep_extra:bool=False)->tuple[Tensor,Tensor|None]: # [b n d], loss of the experts
-        "Features behind the output norm, zero at padding."
+    def features(self,
+        tokens:Tokens,                                 # x [b n p]
+        form:str='auto',                               # of attention: 'flat', 'dense'
+        extra:Tokens|None=None, keep_extra:bool=False, # see `forward_blocks`
+    )->tuple[Tensor,Tensor|None]: # [b n d], auxiliary loss
+        "Features after the output norm, zero at padding."
         hidden, lay, loss = self.forward_blocks(tokens, form, extra=extra, keep_extra=keep_extra)
         return lay.rows(apply_norm(self.norm, hidden[-1], lay)), loss
 
-    def forward(self, tokens:Tokens, form:str='auto', extra:Tokens|None=None)->Tensor: # [b n d]
+    def forward(self,
+        tokens:Tokens,          # x [b n p]
+        form:str='auto',        # of attention: 'flat', 'dense'
+        extra:Tokens|None=None, # see `forward_blocks`
+    )->Tensor:                  # [b n d]
         return self.features(tokens, form, extra)[0]
 
     def hidden(self,
-        tokens:Tokens,
-        depths=None,            # which, 0 is the patch embedding; None: all depth+1
-        form:str='auto',
-        extra:Tokens|None=None, keep_extra:bool=False, # see `trunk`
-    )->list[Tensor]:            # [b n d] each, before the output norm
-        "Features of several depths: what FN probes (§8.3)."
+        tokens:Tokens,          # x [b n p]
+        depths=None,            # list of depths, 0 is the patch embedding; None: all depth+1
+        form:str='auto',        # of attention: 'flat', 'dense'
+        extra:Tokens|None=None, keep_extra:bool=False, # see `forward_blocks`
+    )->list[Tensor]:            # [b n d] each
+        "Features of several depths, before the output norm: the input of FN's probes (§8.3)."
         hidden, lay, _ = self.forward_blocks(tokens, form, True, extra, keep_extra)
         return [lay.rows(hidden[i]) for i in (range(len(hidden)) if depths is None else depths)]
-
 
 # %% ../nbs/23_model.ipynb #aae42d0c
 class Predictor(nn.Module):
     "From context features to target features (FN §3.2.1); the keywords are the fields of `PredictorConfig`."
     def __init__(self,
         in_dim:int=384,         # channels of the encoder
-        dim:int=256, depth:int=6, heads:int=4,
-        mlp:str='plain', mlp_ratio:float=4., experts:int=16, expert_init:str='fan_in', capacity_padding:bool=False,
-        norm_block:str='layernorm', norm_out:str='layernorm', gelu:str='tanh',
-        position:str='rope', qk_norm:bool=True, attn_bias:bool=False, norm_eps:float=1e-5, init:str='torch',
+        dim:int=256, depth:int=6, heads:int=4,  # channels, blocks, attention heads
+        mlp:str='plain', mlp_ratio:float=4.,    # this and the rest: see `Encoder`
+        experts:int=16, expert_init:str='fan_in', capacity_padding:bool=False,  # ...
+        norm_block:str='layernorm', norm_out:str='layernorm', gelu:str='tanh',  # ...
+        position:str='rope',    # or 'sincos'
+        qk_norm:bool=True, attn_bias:bool=False, norm_eps:float=1e-5, init:str='torch', # see `Encoder`
     ):
         super().__init__()
         new_mlp = lambda: make_mlp(mlp, dim, mlp_ratio, experts, gelu, expert_init, capacity_padding)
-        self.dim, self.heads, self.position, self.table = dim, heads, position, None
+        self.dim, self.heads, self.position, self.pos_embed = dim, heads, position, None
         self.embed = nn.Linear(in_dim, dim)
-        self.mask = nn.Parameter(torch.empty(dim))
-        self.blocks = nn.ModuleList(Block(dim, heads, new_mlp(), norm_block, qk_norm, attn_bias, norm_eps) for _ in range(depth))
-        self.norm, self.out = norm(norm_out, dim, norm_eps), nn.Linear(dim, in_dim)
-        self.register_buffer('codes', sincos_table(dim) if position == 'sincos' else None, persistent=False)
+        self.mask_token = nn.Parameter(torch.empty(dim))
+        new_block = lambda: Block(dim, heads, new_mlp(), norm_block, qk_norm, attn_bias, norm_eps)
+        self.blocks = nn.ModuleList(new_block() for _ in range(depth))
+        self.norm, self.proj = norm(norm_out, dim, norm_eps), nn.Linear(dim, in_dim)
+        self.register_buffer('sincos_table', sincos_table(dim) if position == 'sincos' else None, persistent=False)
         self.checkpointing = False
-        nn.init.trunc_normal_(self.mask, std=.02)
+        nn.init.trunc_normal_(self.mask_token, std=.02)
         if init != 'torch': init_vit(self, scaled=init == 'vit_scaled')
 
     def forward(self,
-        z:Tensor,               # [m in_dim] a table of context features
-        source:Tensor,          # [b c] where in the table each context slot's feature is; any at padding
+        z:Tensor,               # [m in_dim] table of context features
+        source:Tensor,          # [b c] index into the table for each context slot; any value at padding
         context:Tokens,         # x unused; pos [b c 2], sample [b c]
         target:Tokens,          # x unused; pos [b t 2], sample [b t]
-        form:str='auto',
-    )->tuple[Tensor,Tensor,Tensor|None]: # predictions [m in_dim], their slots (row*t + column) [m], loss of the experts
-        "Predict at every target slot that is not padding (dense form: at every slot)."
+        form:str='auto',        # of attention: 'flat', 'dense'
+    )->tuple[Tensor,Tensor,Tensor|None]: # predictions [m in_dim], their slots (row*t + column) [m], auxiliary loss
+        "Predict the features at every target slot that is not padding (dense form: at every target slot)."
         c, t = context.sample.shape[1], target.sample.shape[1]
         lay = token_layout(torch.cat((context.sample, target.sample), 1), form)
-        if lay.order is None: # static shapes: contexts and targets stay where they are in the row
+        if lay.order is None: # dense: contexts and targets keep their slots in the row
             x = self.embed(z.index_select(0, source.flatten().clamp(min=0))).unflatten(0, source.shape)
-            x = torch.cat((x, self.mask.to(x.dtype).expand(*target.sample.shape, -1)), 1).flatten(0, 1)
+            x = torch.cat((x, self.mask_token.to(x.dtype).expand(*target.sample.shape, -1)), 1).flatten(0, 1)
         else:
             row, column = lay.order.div(c+t, rounding_mode='floor'), lay.order%(c+t)
             where = (row*c + column)[column < c]                  # context slots, in the order of the flat tokens
             x = self.embed(z.index_select(0, source.flatten()[where]))
-            x = self.mask.to(x.dtype).repeat(len(lay.order), 1).index_copy(0, (column < c).nonzero().squeeze(1), x)
+            masked = self.mask_token.to(x.dtype).repeat(len(lay.order), 1)
+            x = masked.index_copy(0, (column < c).nonzero().squeeze(1), x)
         x, rope = add_positions(x, lay.flat(torch.cat((context.pos, target.pos), 1)), self)
         hidden, moe_loss = run_blocks(self, x, rope, lay)
         x = hidden[-1]
-        if lay.order is None: # its slots are all there are
+        if lay.order is None: # dense: every target slot
             x, slot = x.unflatten(0, lay.shape)[:, c:].flatten(0, 1), torch.arange(lay.shape[0]*t, device=x.device)
-            real = (target.sample.flatten() >= 0) if isinstance(self.norm, RunningNorm) else None
-        else: x, slot, real = x.index_select(0, (column >= c).nonzero().squeeze(1)), (row*t + column - c)[column >= c], None
-        x = self.norm(x) if real is None else self.norm(x, real)
-        return self.out(x), slot, moe_loss
+            is_real = (target.sample.flatten() >= 0) if isinstance(self.norm, RunningNorm) else None
+        else:
+            x, slot = x.index_select(0, (column >= c).nonzero().squeeze(1)), (row*t + column - c)[column >= c]
+            is_real = None
+        x = self.norm(x) if is_real is None else self.norm(x, is_real)
+        return self.proj(x), slot, moe_loss
 
 # %% ../nbs/23_model.ipynb #e138d2f9
 def interpolate_pos_embed(
     encoder:Encoder,           # with position='sincos' or 'table'
-    native:int,                # patches per side it was trained at; a table knows its own
-    side:int|tuple[int,int],   # patches per side it shall look at, or down and across
-)->Encoder:                    # the same weights, other positions; for looking, not for training
-    "Positions of `native` patches stretched over others, as Hugging Face and timm do."
-    if encoder.position == 'rope': raise ValueError("stretched: this encoder rotates; its positions have no table")
+    native:int,                # patches per side that a sin-cos encoder was trained at; unused for 'table'
+    side:int|tuple[int,int],   # patches per side of the images to encode, or down and across
+)->Encoder:                    # shares all weights; for inference, not for training
+    "Encoder with position embeddings interpolated to another grid (bicubic), as in Hugging Face and timm."
+    if encoder.position == 'rope':
+        raise ValueError("interpolate_pos_embed: an encoder with position=rope has no position embeddings")
     size = (side, side) if isinstance(side, int) else tuple(side)
-    if not isinstance(native, int) or len(size) != 2 or any(not isinstance(n, int) or n < 1 for n in (native, *size)): raise ValueError(f"stretched: positions of {native} patches over {side}: should be numbers of patches, such as 14 over 28, or over (28, 20)")
-    table = sincos2d(positions((native, native)).to(encoder.codes.device), encoder.codes).unflatten(0, (native, native)) if encoder.table is None else encoder.table
-    wide = F.interpolate(table.detach().float().permute(2, 0, 1)[None], size=size, mode='bicubic', align_corners=False)[0].permute(1, 2, 0).contiguous()
-    out = copy(encoder)
-    out.__dict__ = {k:v for k, v in encoder.__dict__.items() if k != 'table'} | dict(_parameters=encoder._parameters | dict(table=nn.Parameter(wide, requires_grad=False)))
+    if not isinstance(native, int) or len(size) != 2 or any(not isinstance(n, int) or n < 1 for n in (native, *size)):
+        raise ValueError(f"interpolate_pos_embed: from {native} to {side} patches: "
+                         "should be numbers of patches, such as from 14 to 28, or from 14 to (28, 20)")
+    if encoder.pos_embed is not None: table = encoder.pos_embed
+    else:
+        pos = positions((native, native)).to(encoder.sincos_table.device)
+        table = sincos2d(pos, encoder.sincos_table).unflatten(0, (native, native))
+    channels_first = table.detach().float().permute(2, 0, 1)[None]
+    wide = F.interpolate(channels_first, size=size, mode='bicubic', align_corners=False)[0]
+    wide = wide.permute(1, 2, 0).contiguous() # [y x d]
+    out = copy(encoder) # shallow: only the dictionary of its parameters is new
+    out.__dict__ = {k:v for k, v in encoder.__dict__.items() if k != 'pos_embed'}
+    out._parameters = encoder._parameters | dict(pos_embed=nn.Parameter(wide, requires_grad=False))
     return out
