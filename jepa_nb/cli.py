@@ -70,11 +70,12 @@ def move_aside(
     start=None, # checkpoint that it would have begun at
 ):
     "Rename a run folder that cannot go on with `cfg` to <run>.old-<n>."
-    from jepa_nb.checkpoint import checkpoints, newest_checkpoint, run_lock
+    from jepa_nb.checkpoint import newest_checkpoint, run_lock
+    from jepa_nb.files import checkpoint_folders
     from jepa_nb.files import RunError
     from jepa_nb.recipes import ConfigError, load_config
     from jepa_nb.train import check_same_config, check_same_start
-    if not checkpoints(run): return
+    if not checkpoint_folders(run): return
     with run_lock(run):
         try:
             folder, state = newest_checkpoint(run) # verified, as the one that training would go on from

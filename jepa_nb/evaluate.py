@@ -21,7 +21,8 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor
 
-from .checkpoint import checkpoints, find_checkpoint, images_seen, open_run, random_model
+from .checkpoint import find_checkpoint, images_seen, open_run, random_model
+from .files import checkpoint_folders
 from .files import training_progress
 from .conditioning import resolve_pooling
 from .config import Config
@@ -263,7 +264,7 @@ def kept_checkpoints(
     run:str|Path, # run folder, or a shipped one, which has a single checkpoint
 )->list[Path]:
     "The checkpoints that a run keeps: those of `run.keep_at`, and the newest. Raises RunError where there is none."
-    found = checkpoints(run)
+    found = checkpoint_folders(run)
     if not found and weights_file(run): return [Path(run)]
     if not found:
         where = short_path(run)
