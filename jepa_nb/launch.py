@@ -95,7 +95,7 @@ def graph_environment(
 
 def snakemake_command(
     tier:str,          # its name
-    cores:int,
+    cores:int,            # jobs side by side
     seed:int=0,           # added to every seed of the tier
     committed:bool=False, # redraw from the committed checkpoints
     more=(),              # words for Snakemake
