@@ -98,10 +98,10 @@ for command in (eval_command, depth_command, ranks_command): cli.add_command(com
 @click.option('--log', metavar='FILE', help='The notebook as it ran; default <out>.ipynb.')
 def figure_command(name, given, out, log):
     "Draw one figure: run nbs/figures/NAME.ipynb with these parameters."
-    from jepa_nb.tiers import check_parameter, choose, figure_notebook, figure_parameters
+    from jepa_nb.tiers import check_parameter, require_name, figure_notebook, figure_parameters
     notebook = figure_notebook(name)
     defaults = figure_parameters(notebook)
-    values = {choose(f'parameter of {name}', k, defaults): yaml_value(k, v) for k, v in given}
+    values = {require_name(f'parameter of {name}', k, defaults): yaml_value(k, v) for k, v in given}
     for k, v in values.items(): check_parameter(name, k, v, defaults[k])
     out = out or f'figures/own/{name}'
     if 'out' in defaults: values['out'] = out
