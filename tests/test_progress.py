@@ -160,7 +160,7 @@ def test_seeds_that_cannot_be(tmp_path, seed, said):
 
 def test_no_seed_for_what_is_shipped(tmp_path):
     r = make(clone(tmp_path/'tree', SMALL), '-s', 'figures', 'SEED=3')
-    assert r.returncode and '--seed 3: shipped checkpoints' in r.stderr
+    assert r.returncode and '--seed 3: committed checkpoints' in r.stderr
 
 
 def test_seeds_of_the_real_tiers():
