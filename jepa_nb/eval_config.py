@@ -14,7 +14,7 @@ import yaml
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from .config import STRICT, Beta, Count, Fraction, NonNeg, Positive, Whole
+from .config import STRICT, Beta, Count, Fraction, NonNeg, Positive, Seed, Whole
 
 # %% ../nbs/01_eval_config.ipynb #8f326775
 @dataclass(frozen=True, config=STRICT)
@@ -40,7 +40,10 @@ class DepthConfig:
     beta1:Beta=.9
     beta2:Beta=.95
     weight_decay:NonNeg=.01
-    authors_code:bool=False     # the authors' head and loss, see DEPTH_AUTHORS_CODE below
+    authors_code:bool=False # the authors' head and loss, see DEPTH_AUTHORS_CODE below
+    seed:Seed|None=None     # of the head's weights and batches; None: the run's
+    train_images:Annotated[Count, Field(ge=20)]|None=None # at most; None: all
+    test_images:Annotated[Count, Field(ge=2)]|None=None
 
     def __post_init__(self):
         if self.layers is not None and len(self.layers) != (4 if self.head == 'dpt' else 1):
@@ -109,7 +112,8 @@ class EvalConfig:
             raise ValueError(f"layers=all contradicts protocol={self.protocol}, which trains one head: layers=last "
                              f"or layers=last4")
         if not trains_head and self.augment not in (None, 'none'):
-            raise ValueError(f"augment={self.augment} contradicts protocol={self.protocol}, which is fitted to each image once; "
+            raise ValueError(f"augment={self.augment} contradicts protocol={self.protocol}, which is fitted to each "
+                             f"image once; "
                              "augment=none, or one of the protocols in1k, ood_step, ood_cosine")
         if self.crops != 4 and self.resolved().augment != 'crop':
             raise ValueError(f"crops={self.crops} contradicts augment={self.resolved().augment}; augment=crop "

@@ -29,17 +29,13 @@ class Protocol(NamedTuple):
     weight_decay:float=0.  # of the linear layer, not of the BatchNorm
     bn_affine:bool=False   # the BatchNorm has weights
     bn_eps:float=1e-5      # of the BatchNorm
-    show:str='square'      # how an image becomes a square: 'square', 'squash', 'inner', see `features`
-    augment:str='none'     # of a training image: 'none', 'flip', 'crop'
-    resize:str='bilinear'  # interpolation: 'bilinear' or 'bicubic'
+    resize:str='bilinear'  # interpolation: 'bilinear' or 'bicubic'; views and augmentation: `PROTOCOL_DEFAULTS`
 
 PROTOCOLS = dict(
     in1k       = Protocol('lars', .05, 16_384, 50, lr_drops=(15, 30, 45), bn_eps=1e-6,
-                          show='inner', augment='crop', resize='bicubic'),
-    ood_step   = Protocol('sgd', .01, 256, 28, lr_drops=(8, 16, 24), weight_decay=5e-4, bn_affine=True,
-                          show='squash', augment='flip'),
-    ood_cosine = Protocol('sgd', .01, 256, 50, lr_end=1e-4, weight_decay=5e-4, bn_affine=True,
-                          show='squash', augment='flip'),
+                          resize='bicubic'),
+    ood_step   = Protocol('sgd', .01, 256, 28, lr_drops=(8, 16, 24), weight_decay=5e-4, bn_affine=True),
+    ood_cosine = Protocol('sgd', .01, 256, 50, lr_end=1e-4, weight_decay=5e-4, bn_affine=True),
 )
 
 def head_lr(

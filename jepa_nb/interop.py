@@ -6,10 +6,10 @@
 __all__ = ['NUMPY_NUMBERS', 'PICKLE_ERRORS', 'UNKNOWN_NETWORK', 'OFFICIAL_PARTS', 'CONDITIONED', 'PLACEHOLDERS', 'READERS',
            'WRITERS', 'FORMAT_NAMES', 'LoadedCheckpoint', 'first_line', 'read_pickle', 'read_tensors', 'strip_module',
            'read_condition', 'check_network', 'record_positions', 'heads_note', 'read_single_vit', 'official_keys',
-           'is_bare_vit', 'read_ijepa', 'read_config', 'tensor_files', 'read_hf', 'read_timm', 'parts_in', 'check_run',
-           'read_run', 'network_settings', 'config_for', 'single_network', 'own_storage', 'write_run', 'write_hf',
-           'check_sizes', 'write_timm', 'write_ijepa', 'recognise_format', 'infer_format', 'read_any', 'summary',
-           'convert']
+           'is_bare_vit', 'read_ijepa', 'read_config', 'tensor_files', 'read_hf', 'read_timm', 'parts_in',
+           'check_networks', 'read_run', 'network_settings', 'config_for', 'single_network', 'own_storage', 'write_run',
+           'write_hf', 'check_sizes', 'write_timm', 'write_ijepa', 'recognise_format', 'infer_format', 'read_any',
+           'summary', 'convert']
 
 # %% ../nbs/63_interop.ipynb #97acb63b
 import json
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .checkpoint import PARTS, open_run
 from .config import Config
-from .files import RunError, new_folder, sha256, weights_file
+from .files import RunError, new_folder, read_json, sha256, weights_file
 from jepa_nb.formats import (
     LEARNED_POSITIONS, InteropError, ViTSpec, check_counterpart, check_tensors, config_number, count_parameters,
     encoder_shapes, fold_normalization, from_official, hf_spec, hf_to_official, infer_predictor_spec, infer_spec,
@@ -121,8 +121,8 @@ def heads_note(s:ViTSpec)->str:
     "The remark that the number of heads was inferred."
     return f"{s.heads} heads are taken for a width of {s.dim}, --heads says otherwise"
 
-UNKNOWN_NETWORK = ('which encoder it was is not said: folders of Hugging Face and timm usually hold the context '
-                   'encoder; here it is what is evaluated')
+UNKNOWN_NETWORK = ('the file does not say which encoder it holds; folders of Hugging Face and timm usually hold the '
+                   'context encoder; here it is evaluated')
 
 def read_single_vit(
     tensors:dict,   # a state dict in the official names, as read
@@ -187,11 +187,8 @@ def read_ijepa(
 # %% ../nbs/63_interop.ipynb #48f7c096
 def read_config(file:Path)->dict:
     "Read a config.json; raises InteropError."
-    try: d = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as e:
-        raise InteropError(f"{file}: cannot be read: {first_line(e)}") from None
-    if not isinstance(d, dict): raise InteropError(f"{file}: is not a mapping")
-    return d
+    try: return read_json(file)
+    except ValueError as e: raise InteropError(f"{file}: {e}") from None
 
 def tensor_files(folder:Path)->list[Path]:
     "The safetensors files of a folder, one or several shards; raises InteropError where there are none."
@@ -232,7 +229,7 @@ def parts_in(file:Path)->set[str]:
         with safe_open(file, 'pt') as f: return {k.partition('.')[0] for k in f.keys()}
     except (OSError, SafetensorError) as e: raise InteropError(f"{file}: cannot be read: {first_line(e)}") from None
 
-def check_run(
+def check_networks(
     jepa,            # JEPA, with the networks of `parts`
     cfg:Config,      # of the run
     parts:tuple,     # of encoder, teacher, predictor
@@ -253,7 +250,7 @@ def check_run(
                            f"predictor has its encoder's {cfg.encoder.heads}")
 
 CONDITIONED = ('was trained with conditioning tokens, which others do not make: '
-               '`jepa_nb eval --condition off` gives their features')
+               '`jepa_nb eval RUN eval.condition=off` gives their features')
 
 def read_run(
     path:Path, # a run, a checkpoint of one, or an exported or converted folder
@@ -265,7 +262,7 @@ def read_run(
     there = parts_in(file)
     parts = tuple(p for p in PARTS if p in there and (p != 'predictor' or to == 'ijepa')) # hf and timm hold none
     jepa, cfg = open_run(path, parts=parts)
-    check_run(jepa, cfg, parts, to, path)
+    check_networks(jepa, cfg, parts, to, path)
     s, p = spec_of(cfg.encoder, cfg.encoder.patch, cfg.scale.max_side), None
     out = {k:to_official(getattr(jepa, k).state_dict(), encoder_shapes(s)) for k in parts if k != 'predictor'}
     if cfg.encoder.pixels == 'unit': out = {k:fold_normalization(v) for k, v in out.items()}
@@ -471,7 +468,7 @@ def convert(
     source, out = Path(source), Path(out)
     kind = recognise_format(source)
     to = to or infer_format(out, kind)
-    if kind == to == 'run': raise InteropError(f"{source}: is a run already; `jepa_nb ship` writes its small form")
+    if kind == to == 'run': raise InteropError(f"{source}: is a run already; `jepa_nb export` writes its small form")
     if out.exists(): raise InteropError(f"{out}: is there already; another name, or remove it first")
     ckpt = read_any(source, heads, to)
     if condition and kind == 'run':

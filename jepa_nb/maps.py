@@ -16,14 +16,13 @@ import torch.nn.functional as F
 from einops import repeat
 from matplotlib.colors import hsv_to_rgb
 
-from .conditioning import inference_conditioning
 from .config import Config
-from .features import image_tokens
+from .features import features
 from .frozen import center_square, open_encoder, square_batches
 from .jepa import JEPA
 from .losses import LossMap, MaskPlan, accumulate_losses, sample_indices
 from .norms import energy
-from .patches import Tokens, patchify
+from .patches import patchify
 from .stats import bootstrap, bootstrap_weights, percentile_intervals
 
 # %% ../nbs/46_maps.ipynb #5d682078
@@ -178,14 +177,12 @@ def token_energies(
 )->tuple[np.ndarray,np.ndarray]:
     "Energy of every token of whole images (FN §1)."
     encoder = open_encoder(model)
-    device, depths = next(encoder.parameters()).device, len(encoder.blocks)+1
+    depths = len(encoder.blocks)+1
     before, after = np.full((len(ids), depths, side, side), np.nan), np.full((len(ids), side, side), np.nan)
     for places, images in square_batches(source, ids, side*encoder.patch, max(1, tokens//side**2), progress):
-        row = Tokens(*(t.to(device) for t in image_tokens(images, encoder.patch)))
-        h = encoder.hidden(row, extra=inference_conditioning(encoder, row))
-        grid = lambda h: energy(h).view(-1, side, side).cpu().numpy()
-        before[places] = np.stack([grid(t) for t in h], 1)
-        after[places] = grid(encoder.norm(h[-1]))
+        h = features(encoder, images, norm='both', pool='none')
+        e = energy(h).view(len(h), depths+1, side, side).cpu().numpy()
+        before[places], after[places] = e[:, :-1], e[:, -1]
     return before, after
 
 # %% ../nbs/46_maps.ipynb #89f979b7

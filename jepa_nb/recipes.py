@@ -142,13 +142,15 @@ def eval_overrides(
     "The words of a command line that make this evaluation."
     changed = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
-    return [f'{prefix}{k}={yaml.safe_dump(v, default_flow_style=True, width=10**6).splitlines()[0]}' for k, v in plain.items()]
+    return [f'{prefix}{k}={yaml.safe_dump(v, default_flow_style=True, width=10**6).splitlines()[0]}' for k,
+            v in plain.items()]
 
 # %% ../nbs/03_recipes.ipynb #ee215f2c
 def untrained_fingerprint(
     cfg:Config,
 )->str: # 16 hex digits
-    "Equal for two runs whose encoders are one network before training, apart from the output norm, and are shown images of one size."
+    "Equal for two runs whose encoders are one network before training, apart from the output norm, and are shown "
+    "images of one size."
     encoder = {k: v for k, v in asdict(cfg.encoder).items() if k != 'norm_out'}
     what = [encoder, asdict(cfg.condition), cfg.scale.max_side, cfg.run.seed]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]

@@ -85,7 +85,8 @@ def task_labels(
     number = (lambda v: v-first) if target == 'count' else (lambda v: distance_class(v, bounds))
     if len(set(number(known).tolist())) < 2:
         hint = f"; other cuts would do, e.g. {', '.join(CUTS)}" if target == 'dist' else ''
-        raise DataError(f"{sources[0].name}: every {name} lies in one class, from {known.min():.4g} to {known.max():.4g}{hint}")
+        raise DataError(f"{sources[0].name}: every {name} lies in one class, from {known.min():.4g} to "
+                        f"{known.max():.4g}{hint}")
     def classes(v): return np.where(np.isnan(v), -1, number(np.nan_to_num(v, nan=known.min()))).astype(np.int64)
     return [classes(v) for v in values]
 

@@ -170,8 +170,7 @@ TIER_KEYS = dict(tier=str, threads=int, data=dict, settings=dict, runs=dict, eva
                  pooling=dict, figures=dict, seconds=dict)
 RUN_KEYS = ('recipe', 'seeds', 'settings', 'eval', 'probe', 'baseline', 'resumes', 'export')
 SCENE_KEYS = ('kind', 'images', 'side', 'seed', 'style')
-# of a depth head in a tier; the rest are settings of DepthConfig
-DEPTH_OPTIONS = ('train', 'test', 'train_images', 'test_images')
+DEPTH_OPTIONS = ('train', 'test') # images of a depth head; the rest are settings of DepthConfig
 
 def as_overrides(
     settings:dict, # {'run.steps': 20}

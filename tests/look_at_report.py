@@ -1,6 +1,8 @@
 """Pictures of the report's pages as a browser shows them, wide and on a phone.
 
-python tests/look_at_report.py FOLDER [REPORT]     PNGs of the first screens at 1280 and 390 px; REPORT: report/ by default"""
+python tests/look_at_report.py FOLDER [REPORT]
+
+FOLDER gets PNGs of the first screens at 1280 and 390 px; REPORT: report/ by default"""
 import shutil
 import sys
 from contextlib import contextmanager

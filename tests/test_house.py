@@ -42,6 +42,16 @@ def test_notebook_is_clean(notebook, tmp_path):
                                outputs)), f'path of a machine: {m.group()}'
 
 
+def test_notebooks_are_named_as_they_are():
+    "Notebooks that prose and comments mention or link to, `23_model` or nbs/23_model.ipynb, exist."
+    files = [ROOT/'README.md', *NOTEBOOKS, *(p for d in ('tests', 'workflow', 'params') for p in (ROOT/d).rglob('*.*'))]
+    stale = set()
+    for path in (p for p in files if p.suffix in ('.md', '.ipynb', '.py', '.yaml')):
+        names = re.findall(r'[`(/](\d\d_[a-z_]+)(?=[`)#]|\.ipynb)', path.read_text())
+        stale |= {f'{path.relative_to(ROOT)}: {n}' for n in names if not (ROOT/f'nbs/{n}.ipynb').is_file()}
+    assert not stale
+
+
 def tree_of(module): return ast.parse((ROOT/f'jepa_nb/{module}.py').read_text())
 
 
@@ -80,6 +90,18 @@ def test_a_public_name_is_defined_once():
 LINES, BODY, PARAMETERS = 500, 40, 8 # of a module, a function, a signature
 LONG_MODULES = {'scenes': 'the renderers of five styles share their primitives'}
 LARGE = { # functions that may be larger: module.name -> why
+    'model.Encoder.__init__': 'its parameters are the fields of EncoderConfig: Encoder(**vars(cfg.encoder))',
+    'model.Predictor.__init__': 'its parameters are the fields of PredictorConfig',
+    'jepa.repeat_and_drop': 'the settings of ObjectiveConfig and the row that they apply to',
+    'train.train': 'one loop, read from above: batch, loss, backward, step, teacher, log, save',
+    'frozen.extract': 'the one extractor: what is shown, what is read, and how it is batched',
+    'probes.fit_linear': 'the settings of a solver, which papers report one by one',
+    'probes.linear_probe': 'features and labels of two splits, and the settings of `fit_linear`',
+    'depth.evaluate_depth': 'a run, two sources, a config, and what the result is called',
+    'figure_files.save_figure': 'what a figure consists of, and what its provenance consists of',
+    'writing.shards_from_scenes': 'the options of `jepa_nb data scenes`',
+    'sets.shards_from_public': 'the options of `jepa_nb data NAME`',
+    'cli.eval_on_sets': 'the options of `jepa_nb eval --sets`',
 }
 
 
@@ -123,8 +145,8 @@ import importlib, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split('.')[0] in BANNED: raise ImportError(f'{name} is not for the library')
-BANNED = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'ipywidgets', 'jupyter_client', 'nbformat', 'papermill',
-          'snakemake', 'sklearn', 'pandas', 'seaborn', 'pytest', 'scipy'}
+BANNED = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'ipywidgets', 'jupyter_client', 'nbformat',
+          'papermill', 'snakemake', 'sklearn', 'pandas', 'seaborn', 'pytest', 'scipy'}
 sys.meta_path.insert(0, Refuse())
 import jepa_nb
 for m in MODULES: importlib.import_module(f'jepa_nb.{m}')

@@ -1,7 +1,7 @@
 """Every library notebook runs, and its stored text outputs are what its code prints; one execution does both.
 
-Pictures are not compared. In text, numbers may differ by a little, because sums depend on the processor; times, checksums,
-addresses, and paths of this machine are not compared. Cells flagged `slow` or `cuda` are skipped, as nbdev_test does."""
+Pictures are not compared. In text, numbers may differ by a little, because sums depend on the processor; times,
+checksums, addresses, and paths of a machine may differ. Cells flagged `slow` or `cuda` are skipped."""
 import os
 import re
 import sys

@@ -184,10 +184,10 @@ def test_figures_say_what_was_left_out(tmp_path):
     assert not runs.exists()
 
 
-def test_ship(tmp_path):
-    "`make ship` reaches Snakemake as a target."
-    r = make(clone(tmp_path/'tree', SMALL), '-s', '-n', 'ship')
-    assert re.search(r'reproduce .* ship$', r.stdout.strip()) and '--until' not in r.stdout
+def test_export(tmp_path):
+    "`make export` reaches Snakemake as a target."
+    r = make(clone(tmp_path/'tree', SMALL), '-s', '-n', 'export')
+    assert re.search(r'reproduce .* export$', r.stdout.strip()) and '--until' not in r.stdout
 
 
 @pytest.mark.parametrize('name', ['figures/quick/claims.csv', 'params/published/table.csv',
