@@ -9,7 +9,6 @@ __all__ = ['ALIASES', 'EVAL_ALIASES', 'ConfigError', 'setting_names', 'parse_ove
 
 # %% ../nbs/03_recipes.ipynb #20f63e14
 import difflib
-import hashlib
 import json
 import re
 from dataclasses import asdict, fields, is_dataclass
@@ -20,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .config import AUTHORS_CODE, Config, DataConfig, RunConfig
 from .eval_config import DEPTH_AUTHORS_CODE, DepthConfig, EvalConfig, RankConfig, SetConfig
-from .files import write_atomic
+from .files import sha256, write_atomic
 
 # %% ../nbs/03_recipes.ipynb #4293441f
 class ConfigError(ValueError):
