@@ -171,7 +171,7 @@ def jitter(
 
 def augment(
     image:Tensor, # [H W 3] uint8
-    u,            # DRAWS uniform numbers in [0, 1)
+    u,            # AUGMENT_DRAWS uniform numbers in [0, 1)
     cfg,          # AugmentConfig
 )->Tensor:        # the same shape, contiguous
     "Flip, color jitter, grey and blur, each where it is switched on (IJ's code)."
