@@ -70,11 +70,12 @@ def move_aside(
     start=None, # checkpoint that it would have begun at
 ):
     "Rename a run folder that cannot go on with `cfg` to <run>.old-<n>."
-    from jepa_nb.checkpoint import checkpoints, newest_checkpoint, run_lock
+    from jepa_nb.checkpoint import newest_checkpoint, run_lock
+    from jepa_nb.files import checkpoint_folders
     from jepa_nb.files import RunError
     from jepa_nb.recipes import ConfigError, load_config
     from jepa_nb.train import check_same_config, check_same_start
-    if not checkpoints(run): return
+    if not checkpoint_folders(run): return
     with run_lock(run):
         try:
             folder, state = newest_checkpoint(run) # verified, as the one that training would go on from
@@ -97,10 +98,10 @@ for command in (eval_command, depth_command, ranks_command): cli.add_command(com
 @click.option('--log', metavar='FILE', help='The notebook as it ran; default <out>.ipynb.')
 def figure_command(name, given, out, log):
     "Draw one figure: run nbs/figures/NAME.ipynb with these parameters."
-    from jepa_nb.tiers import check_parameter, choose, figure_notebook, figure_parameters
+    from jepa_nb.tiers import check_parameter, require_name, figure_notebook, figure_parameters
     notebook = figure_notebook(name)
     defaults = figure_parameters(notebook)
-    values = {choose(f'parameter of {name}', k, defaults): yaml_value(k, v) for k, v in given}
+    values = {require_name(f'parameter of {name}', k, defaults): yaml_value(k, v) for k, v in given}
     for k, v in values.items(): check_parameter(name, k, v, defaults[k])
     out = out or f'figures/own/{name}'
     if 'out' in defaults: values['out'] = out

@@ -123,8 +123,8 @@ def read_sets_of(
     only=(),   # names of some of them; none: all
     over:dict|None=None, # settings of sets that do not have them
 )->dict:       # SetConfig by name
-    "The data sets of a tier's file, of a file that holds nothing else, or of a mapping. Raises CliError or "
-    "ConfigError."
+    """The data sets of a tier's file, of a file that holds nothing else, or of a mapping. Raises CliError or
+    ConfigError."""
     from jepa_nb.tiers import read_sets
     where = '--sets' if given.lstrip().startswith('{') else given
     if where == given and not Path(given).is_file(): refuse(f"{given}: no such file")
@@ -159,12 +159,16 @@ def eval_command(run, words, train_data, test_data, out, poolings, sets, only, n
     from dataclasses import replace
 
     from jepa_nb.evaluate import evaluate
-    from jepa_nb.recipes import make_eval
+    from jepa_nb.recipes import make_eval, parse_overrides, rename_eval
     from jepa_nb.results import write_result
     if only and not sets: refuse(f"--set {only[0]}: which file is it in? --sets FILE says so")
     own, words = split_words(words, 'eval')
     labels = {k: v for k, v in dict(run=name, tier=tier).items() if v}
-    if sets: return eval_on_sets(run, words, own, (train_data, test_data), out, sets, only, poolings, labels)
+    if sets:
+        if poolings: refuse("--condition: with --sets every set has its own eval.condition")
+        found = read_sets_of(sets, only, rename_eval(parse_overrides(own)))
+        return eval_on_sets(Opened(run, words, 'probe', (train_data, test_data), out, needs_images=False), found,
+                            labels)
     cfg = make_eval({}, own)
     if poolings and cfg.condition is not None: refuse(f"--condition and eval.condition={cfg.condition}: one of the two")
     if len(poolings) > 1 and '{condition}' not in (out or ''):
@@ -181,19 +185,19 @@ def eval_command(run, words, train_data, test_data, out, poolings, sets, only, n
             probe = lambda path: evaluate(opened.subject, *images, pooled, path, labels, progress=sys.stderr.isatty())
             print_probe(*write_result(path, opened.wanted, images, probe))
 
-def eval_on_sets(run, words, own, images, out, sets, only, poolings, labels):
+def eval_on_sets(
+    opened:Opened,     # what is evaluated
+    sets:dict,         # of `read_sets_of`
+    labels:dict,       # what the results are called
+):
     "`jepa_nb eval --sets`: one result for each data set."
     from jepa_nb.evaluate import evaluate_sets
-    from jepa_nb.recipes import rename_eval
-    if poolings: refuse("--condition: with --sets every set has its own eval.condition")
+    run, out, images = opened.run, opened.out, (opened.train, opened.test)
     if out and '{set}' not in out: refuse(f"{out}: with --sets, --out needs {{set}} in it, e.g. eval/{{set}}.json")
-    from jepa_nb.recipes import parse_overrides
-    found = read_sets_of(sets, only, rename_eval(parse_overrides(own)))
-    opened = Opened(run, words, 'probe', images, out, needs_images=False)
     opened.check_halves()
     if not out and not opened.wanted:
         refuse(f"{run}: with --sets, --out says where the files go, e.g. {Path(run).stem}-{{set}}.json")
-    make = lambda out: evaluate_sets(opened.subject, found, out, opened.cfg, *images, labels, sys.stderr.isatty())
+    make = lambda out: evaluate_sets(opened.subject, sets, out, opened.cfg, *images, labels, sys.stderr.isatty())
     with opened.lock: results = write_sets(run, out, make)
     for k, (r, path) in results.items():
         click.echo(f"{r['run']} seed {r['seed']} on {k}: {r['acc_chosen']:.1%} of {r['n_test']} images, "

@@ -21,7 +21,8 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor
 
-from .checkpoint import checkpoints, find_checkpoint, images_seen, open_run, random_model
+from .checkpoint import find_checkpoint, images_seen, open_run, random_model
+from .files import checkpoint_folders
 from .files import training_progress
 from .conditioning import resolve_pooling
 from .config import Config
@@ -143,8 +144,8 @@ def evaluate(
     labels:dict|None=None, # what the result is called: run (default: the run's name), tier, set
     progress:bool=True, # bars
 )->dict:                # what is written
-    "Probe a run at every depth (FN §5.1), or as one of EC's protocols says. Raises DataError where the images do "
-    "not fit."
+    """Probe a run at every depth (FN §5.1), or as one of EC's protocols says. Raises DataError where the images do
+    not fit."""
     start, device, labels = time.time(), 'cuda' if torch.cuda.is_available() else 'cpu', labels or {}
     cfg = cfg.resolved()
     subject = open_subject(run, cfg, device)
@@ -263,7 +264,7 @@ def kept_checkpoints(
     run:str|Path, # run folder, or a shipped one, which has a single checkpoint
 )->list[Path]:
     "The checkpoints that a run keeps: those of `run.keep_at`, and the newest. Raises RunError where there is none."
-    found = checkpoints(run)
+    found = checkpoint_folders(run)
     if not found and weights_file(run): return [Path(run)]
     if not found:
         where = short_path(run)

@@ -94,8 +94,8 @@ def graph_environment(
     return os.environ | dict(DATA=folder, JEPA_NB_CACHE=cache, JEPA_NB_PARENT=str(os.getpid()), PYTHONPATH=plugins)
 
 def snakemake_command(
-    tier:str,
-    cores:int,
+    tier:str,          # its name
+    cores:int,            # jobs side by side
     seed:int=0,           # added to every seed of the tier
     committed:bool=False, # redraw from the committed checkpoints
     more=(),              # words for Snakemake
@@ -225,7 +225,7 @@ def refresh_report(
     return f'not built: {last}; see {log}' if code else str(page)
 
 def next_command(
-    tier:str,
+    tier:str,          # its name
     folder:str, # what $DATA is
 )->str|None:    # None after the last tier
     "The command that runs the next larger tier, and before it the one that makes its images where they are not there."
@@ -239,7 +239,7 @@ def next_command(
     return f"{make}; it needs {path} (README, 'Real images')"
 
 def closing_lines(
-    tier:str,
+    tier:str,          # its name
     folder:str, # what $DATA is
     report:str, # of `refresh_report`
 )->list[str]:
@@ -251,7 +251,7 @@ def closing_lines(
     return lines+(wrap_text(command, 'next    ') if command else [])
 
 def print_drawn_figures(
-    tier:str,
+    tier:str,          # its name
     progress:Progress, # of the jobs
     notes,             # of `planned_jobs`
 ):
@@ -281,7 +281,7 @@ ASKS = ('--summary', '-S', '--detailed-summary', '-D', '--dag', '--rulegraph', '
         '--list-target-rules', '--unlock', '--help', '-h', '--version', '-v', '--delete-all-output')
 
 def print_plan(
-    tier:str,
+    tier:str,          # its name
     seed:int,  # added to every seed of the tier
     cores:int, # jobs side by side
     jobs,      # of `planned_jobs`
@@ -310,7 +310,7 @@ def print_dry_run(
     for note in notes: click.echo('\n'.join(wrap_text(note)), err=True)
 
 def run_graph(
-    tier:str,
+    tier:str,          # its name
     folder:str,        # what $DATA is
     seed:int,          # added to every seed of the tier
     cores:int,         # jobs side by side

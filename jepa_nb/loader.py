@@ -26,7 +26,7 @@ from jepa_nb.packing import (
     AUGMENT, KEYS, PLAN, Batch, Pack, PackingBuffer, Plan, PlannedImage, Planner, block_split, check_slots, plan_image,
     row_slots, uniforms,
 )
-from .patches import DRAWS, Tokens, augment, positions, resize
+from .patches import AUGMENT_DRAWS, Tokens, augment, positions, resize
 from .streams import Stream
 
 # %% ../nbs/18_loader.ipynb #a0e28a7e
@@ -56,7 +56,7 @@ def render_view(
         image = image[top:top+height, left:left+width].contiguous()
     image = resize(image, item.size)
     if cfg is None or not (cfg.augment.flip or cfg.augment.colour or cfg.augment.blur): return image
-    return augment(image, uniforms(seed, AUGMENT, item.draw//cfg.masks.contexts, DRAWS), cfg.augment)
+    return augment(image, uniforms(seed, AUGMENT, item.draw//cfg.masks.contexts, AUGMENT_DRAWS), cfg.augment)
 
 @lru_cache(maxsize=1024)
 def _grid(grid, patch):

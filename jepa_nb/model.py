@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .layers import Block, TokenLayout, apply_norm, token_layout, rope2d, sincos2d, sincos_table
 from .moe import mlp as make_mlp
 from .norms import RunningNorm, norm
-from .patches import Tokens, positions, to_imagenet, to_unit
+from .patches import Tokens, positions, normalize_pixels, scale_pixels
 
 # %% ../nbs/23_model.ipynb #2a4fc105
 def _mean(losses)->Tensor|None:
@@ -112,8 +112,8 @@ class Encoder(nn.Module):
                              f"3*{self.patch}*{self.patch}")
         lay = token_layout(tokens.sample, form)
         x = lay.flat(tokens.x)
-        if x.dtype == torch.uint8: x = to_unit(x, 'bfloat16' if self.pixels == 'unit_bfloat16' else 'float32')
-        x = self.embed(to_imagenet(x) if self.pixels == 'imagenet' else x)
+        if x.dtype == torch.uint8: x = scale_pixels(x, 'bfloat16' if self.pixels == 'unit_bfloat16' else 'float32')
+        x = self.embed(normalize_pixels(x) if self.pixels == 'imagenet' else x)
         if extra is None or not extra.sample.shape[1]:
             x, rope = add_positions(x, lay.flat(tokens.pos), self)
             hidden, loss = run_blocks(self, x, rope, lay, keep)

@@ -29,9 +29,9 @@ import jepa_nb.checkpoint
 import jepa_nb.files
 import jepa_nb.recipes
 import jepa_nb.streams
-from jepa_nb.checkpoint import checkpoints, is_whole, newest_checkpoint, open_run, save_checkpoint, verify_checkpoint
+from jepa_nb.checkpoint import is_whole, newest_checkpoint, open_run, save_checkpoint, verify_checkpoint
 from jepa_nb.cli import main
-from jepa_nb.files import RunError, weights_file
+from jepa_nb.files import RunError, checkpoint_folders, weights_file
 from jepa_nb.images import DataError
 from jepa_nb.recipes import ConfigError, load_config, make_config, save_config
 from jepa_nb.results import result_file
@@ -200,7 +200,7 @@ def run(tmp_path_factory):
     return train(tiny('run.steps=4', 'run.keep=9'), tmp_path_factory.mktemp('aid')/'run', progress=False)
 
 
-def steps(run): return [int(c.name[5:]) for c in checkpoints(run)]
+def steps(run): return [int(c.name[5:]) for c in checkpoint_folders(run)]
 
 
 def damage(folder):
@@ -296,7 +296,7 @@ def test_a_damaged_newest_does_not_begin_a_run_anew(tmp_path, run, capsys):
 def test_an_unchanged_checkpoint_is_not_read_again(tmp_path, monkeypatch):
     for step in (10, 20): save(tmp_path, step)
     monkeypatch.setattr(jepa_nb.checkpoint, 'verify_checkpoint', None)
-    assert all(map(is_whole, checkpoints(tmp_path)))
+    assert all(map(is_whole, checkpoint_folders(tmp_path)))
 
 
 # ---- streams

@@ -44,7 +44,8 @@ def test_notebook_is_clean(notebook, tmp_path):
 
 def test_notebooks_are_named_as_they_are():
     "Notebooks that prose and comments mention or link to, `23_model` or nbs/23_model.ipynb, exist."
-    files = [ROOT/'README.md', *NOTEBOOKS, *(p for d in ('tests', 'workflow', 'params') for p in (ROOT/d).rglob('*.*'))]
+    others = (p for d in ('tests', 'workflow', 'params') for p in (ROOT/d).rglob('*.*'))
+    files = [ROOT/'README.md', ROOT/'RESULTS.md', *NOTEBOOKS, *others]
     stale = set()
     for path in (p for p in files if p.suffix in ('.md', '.ipynb', '.py', '.yaml')):
         names = re.findall(r'[`(/](\d\d_[a-z_]+)(?=[`)#]|\.ipynb)', path.read_text())
@@ -97,11 +98,9 @@ LARGE = { # functions that may be larger: module.name -> why
     'frozen.extract': 'the one extractor: what is shown, what is read, and how it is batched',
     'probes.fit_linear': 'the settings of a solver, which papers report one by one',
     'probes.linear_probe': 'features and labels of two splits, and the settings of `fit_linear`',
-    'depth.evaluate_depth': 'a run, two sources, a config, and what the result is called',
     'figure_files.save_figure': 'what a figure consists of, and what its provenance consists of',
     'writing.shards_from_scenes': 'the options of `jepa_nb data scenes`',
     'sets.shards_from_public': 'the options of `jepa_nb data NAME`',
-    'cli.eval_on_sets': 'the options of `jepa_nb eval --sets`',
 }
 
 

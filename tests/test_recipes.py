@@ -8,8 +8,8 @@ import torch
 import yaml
 from conftest import ROOT
 
-from jepa_nb.checkpoint import checkpoints
 from jepa_nb.config import AUTHORS_CODE, Config
+from jepa_nb.files import checkpoint_folders
 from jepa_nb.jepa import JEPA
 from jepa_nb.model import Encoder, Predictor
 from jepa_nb.optim import beta_at, lr_at
@@ -130,7 +130,8 @@ def test_two_steps_at_reduced_width(run, tmp_path):
     cfg = config(run, *SMALLER)
     check_slots(cfg)
     # the first is kept for good
-    assert [c.name for c in checkpoints(train(cfg, tmp_path/run, progress=False))] == ['step_00000001', 'step_00000002']
+    folders = checkpoint_folders(train(cfg, tmp_path/run, progress=False))
+    assert [c.name for c in folders] == ['step_00000001', 'step_00000002']
     lines = [yaml.safe_load(line) for line in (tmp_path/run/'log.jsonl').read_text().splitlines()]
     assert [line['step'] for line in lines] == [1, 2] and all(math.isfinite(line['loss']) and line['grad_norm'] > 0
                                                               for line in lines)
