@@ -112,7 +112,8 @@ class EvalConfig:
             raise ValueError(f"layers=all contradicts protocol={self.protocol}, which trains one head: layers=last "
                              f"or layers=last4")
         if not trains_head and self.augment not in (None, 'none'):
-            raise ValueError(f"augment={self.augment} contradicts protocol={self.protocol}, which is fitted to each image once; "
+            raise ValueError(f"augment={self.augment} contradicts protocol={self.protocol}, which is fitted to each "
+                             f"image once; "
                              "augment=none, or one of the protocols in1k, ood_step, ood_cosine")
         if self.crops != 4 and self.resolved().augment != 'crop':
             raise ValueError(f"crops={self.crops} contradicts augment={self.resolved().augment}; augment=crop "

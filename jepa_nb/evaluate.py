@@ -21,7 +21,8 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor
 
-from .checkpoint import checkpoints, find_checkpoint, images_seen, open_run, random_model
+from .checkpoint import find_checkpoint, images_seen, open_run, random_model
+from .files import checkpoint_folders
 from .files import training_progress
 from .conditioning import resolve_pooling
 from .config import Config
@@ -143,7 +144,8 @@ def evaluate(
     labels:dict|None=None, # what the result is called: run (default: the run's name), tier, set
     progress:bool=True, # bars
 )->dict:                # what is written
-    "Probe a run at every depth (FN §5.1), or as one of EC's protocols says. Raises DataError where the images do not fit."
+    "Probe a run at every depth (FN §5.1), or as one of EC's protocols says. Raises DataError where the images do "
+    "not fit."
     start, device, labels = time.time(), 'cuda' if torch.cuda.is_available() else 'cpu', labels or {}
     cfg = cfg.resolved()
     subject = open_subject(run, cfg, device)
@@ -262,7 +264,7 @@ def kept_checkpoints(
     run:str|Path, # run folder, or a shipped one, which has a single checkpoint
 )->list[Path]:
     "The checkpoints that a run keeps: those of `run.keep_at`, and the newest. Raises RunError where there is none."
-    found = checkpoints(run)
+    found = checkpoint_folders(run)
     if not found and weights_file(run): return [Path(run)]
     if not found:
         where = short_path(run)
@@ -271,7 +273,8 @@ def kept_checkpoints(
     return [c for c in found if c == found[-1] or step_of(c) in keep_at]
 
 def step_of(checkpoint:Path)->int|None:
-    "The number of updates that a checkpoint had; None where it was converted from another library's, which does not say."
+    """The number of updates that a checkpoint had; None where it was converted from another library's, which does
+    not say."""
     weights = weights_file(checkpoint)
     if 'step' in training_progress(checkpoint): return training_progress(checkpoint)['step']
     if weights and (weights.parent/'origin.json').is_file(): return None

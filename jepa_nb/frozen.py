@@ -22,7 +22,7 @@ from .checkpoint import open_run
 from .conditioning import counts_in_mean
 from .features import features
 from .images import BadImage, DataError, to_rgb
-from .patches import CROP_TRIES, centre_crop, crop_box, resize
+from .patches import CROP_TRIES, center_crop, crop_box, resize
 
 # %% ../nbs/40_frozen.ipynb #2add255a
 def center_square(
@@ -31,7 +31,7 @@ def center_square(
     how:str='bilinear', # see `resize`
 )->Tensor:              # [side side 3] uint8
     "The central square at a fixed size, enlarged if need be (FN §8.3)."
-    return resize(centre_crop(image), (side, side), how)
+    return resize(center_crop(image), (side, side), how)
 
 # %% ../nbs/40_frozen.ipynb #bca4550c
 def squash(
@@ -48,7 +48,7 @@ def resize256_crop224(
     how:str='bilinear', # see `resize`
 )->Tensor:              # [side side 3] uint8
     "The inner 7/8 of the central square: resize to 256, crop 224 (EC: ImageNet, Food-101)."
-    image = centre_crop(image)
+    image = center_crop(image)
     n = max(round(len(image)*224/256), 1)
     a = (len(image)-n)//2
     return resize(image[a:a+n, a:a+n].contiguous(), (side, side), how)

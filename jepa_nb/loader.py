@@ -26,7 +26,7 @@ from jepa_nb.packing import (
     AUGMENT, KEYS, PLAN, Batch, Pack, PackingBuffer, Plan, PlannedImage, Planner, block_split, check_slots, plan_image,
     row_slots, uniforms,
 )
-from .patches import DRAWS, Tokens, augment, positions, resize
+from .patches import AUGMENT_DRAWS, Tokens, augment, positions, resize
 from .streams import Stream
 
 # %% ../nbs/18_loader.ipynb #a0e28a7e
@@ -56,7 +56,7 @@ def render_view(
         image = image[top:top+height, left:left+width].contiguous()
     image = resize(image, item.size)
     if cfg is None or not (cfg.augment.flip or cfg.augment.colour or cfg.augment.blur): return image
-    return augment(image, uniforms(seed, AUGMENT, item.draw//cfg.masks.contexts, DRAWS), cfg.augment)
+    return augment(image, uniforms(seed, AUGMENT, item.draw//cfg.masks.contexts, AUGMENT_DRAWS), cfg.augment)
 
 @lru_cache(maxsize=1024)
 def _grid(grid, patch):
@@ -266,7 +266,8 @@ def pack_iterator(
 )->Iterator[Batch]:
     "Packed batches of your own images, for your own training script."
     check_slots(cfg)
-    return pack_stream((to_rgb(image, uint8_only=True) for image in images), cfg, seed, lambda x: x.shape[:2], _identity, cfg.pack.rows, state)
+    return pack_stream((to_rgb(image, uint8_only=True) for image in images), cfg, seed, lambda x: x.shape[:2],
+                       _identity, cfg.pack.rows, state)
 
 # %% ../nbs/18_loader.ipynb #8fa3bac6
 class _StreamPacker(IterableDataset):
@@ -320,7 +321,8 @@ def pack_images(
     rng:np.random.Generator|None=None,   # randomness; None: seed 0
 )->Pack:                                 # as many rows as the images need; sample k is images[k]
     "Pack a list of images into one `Pack`, each with one context."
-    images, cfg = [to_rgb(image, uint8_only=True) for image in images], replace(cfg, masks=replace(cfg.masks, contexts=1))
+    images, cfg = [to_rgb(image, uint8_only=True) for image in images], replace(cfg,
+        masks=replace(cfg.masks, contexts=1))
     if splits is None:
         check_slots(cfg)
         seed = int((rng or np.random.default_rng(0)).integers(2**63))

@@ -26,7 +26,7 @@ from .jepa import JEPA, encode_targets, gather_tokens
 from .loader import loader, pack_for_evaluation, planned_split, render_view
 from .packing import PLAN, Pack, PlannedImage, plan_image, uniforms
 from .masks import Split
-from .patches import Tokens, centre_crop, resize
+from .patches import Tokens, center_crop, resize
 from .streams import Stream
 
 # %% ../nbs/31_metrics.ipynb #fe3269f9
@@ -251,7 +251,7 @@ def square_features(
 )->Iterator[Tensor]: # [b d]
     "Mean features of central squares, the images of a probe."
     images = iter(images)
-    def squares(): return [resize(centre_crop(image), (side, side)) for _, image in islice(images, batch)]
+    def squares(): return [resize(center_crop(image), (side, side)) for _, image in islice(images, batch)]
     while group := squares(): yield pooled_features(teacher, group)
 
 # %% ../nbs/31_metrics.ipynb #46dd5ca8

@@ -106,8 +106,8 @@ def linear_probe(
     solver:str='lbfgs',     # to convergence; 'adam': FN's paper; 'adamw': FN's code
     standardize:bool=True,  # False: FN, 'adam' and 'adamw' only
     epochs:int=50,          # from here on 'adam' and 'adamw' only
-    lr:float=1e-3,
-    batch:int=2048,
+    lr:float=1e-3,          # constant
+    batch:int=2048,         # images
     seed:int=0,             # also of the split, for every solver
     val:float=.1,           # share of the training images that chooses the depth
     progress:bool=False,    # a bar

@@ -9,7 +9,6 @@ __all__ = ['ALIASES', 'EVAL_ALIASES', 'ConfigError', 'setting_names', 'parse_ove
 
 # %% ../nbs/03_recipes.ipynb #20f63e14
 import difflib
-import hashlib
 import json
 import re
 from dataclasses import asdict, fields, is_dataclass
@@ -20,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .config import AUTHORS_CODE, Config, DataConfig, RunConfig
 from .eval_config import DEPTH_AUTHORS_CODE, DepthConfig, EvalConfig, RankConfig, SetConfig
-from .files import write_atomic
+from .files import sha256, write_atomic
 
 # %% ../nbs/03_recipes.ipynb #4293441f
 class ConfigError(ValueError):
@@ -142,16 +141,18 @@ def eval_overrides(
     "The words of a command line that make this evaluation."
     changed = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
-    return [f'{prefix}{k}={yaml.safe_dump(v, default_flow_style=True, width=10**6).splitlines()[0]}' for k, v in plain.items()]
+    return [f'{prefix}{k}={yaml.safe_dump(v, default_flow_style=True, width=10**6).splitlines()[0]}' for k,
+            v in plain.items()]
 
 # %% ../nbs/03_recipes.ipynb #ee215f2c
 def untrained_fingerprint(
     cfg:Config,
-)->str: # 16 hex digits
-    "Equal for two runs whose encoders are one network before training, apart from the output norm, and are shown images of one size."
+)->str: # 16 hexadecimal digits
+    """Return a checksum of an untrained encoder without its output norm: of architecture, conditioning, image size and
+    seed. Runs with equal checksums have one baseline."""
     encoder = {k: v for k, v in asdict(cfg.encoder).items() if k != 'norm_out'}
     what = [encoder, asdict(cfg.condition), cfg.scale.max_side, cfg.run.seed]
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    return sha256(json.dumps(what, sort_keys=True).encode(), digits=16)
 
 # %% ../nbs/03_recipes.ipynb #c0f12e05
 def make_config(

@@ -20,7 +20,8 @@ from .sources import data_fingerprint
 
 # %% ../nbs/44_results.ipynb #6888aca5
 def _seeds(home:Path, name:str)->list[Path]:
-    "The folders of a run, one per seed: those with weights and, where they were made on this machine, those that ended."
+    """The folders of a run, one per seed: those with weights and, where they were made on this machine, those that
+    ended."""
     found = [p for p in sorted((home/name).glob('seed*')) if weights_file(p)]
     return [p for p in found if home.name == 'checkpoints' or (p/'done.json').is_file()]
 
@@ -70,7 +71,9 @@ def find_runs(
     found = [repo_path(p) for p in ([given] if isinstance(given, (str, Path)) else given)]
     if not found: raise RunError(f"no run given for {name}")
     for p in found:
-        if not weights_file(p): raise RunError(f"{short_path(p)}: no checkpoint there; `jepa_nb train RECIPE --out {short_path(p)}` makes one")
+        if not weights_file(p):
+            raise RunError(f"{short_path(p)}: no checkpoint there; `jepa_nb train RECIPE --out {short_path(p)}` "
+                           f"makes one")
     return found
 
 def read_probe(
@@ -81,7 +84,8 @@ def read_probe(
     path = repo_path(path)
     for p in ((path,) if path.is_file() else (path/'eval'/f'{name}.json', path/f'{name}.json')):
         if p.is_file(): return json.loads(p.read_text())
-    raise RunError(f"{short_path(path)}: not evaluated{'' if name == 'probe' else f' on {name}'}; `jepa_nb eval {short_path(path)}` does it")
+    raise RunError(f"{short_path(path)}: not evaluated{'' if name == 'probe' else f' on {name}'}; `jepa_nb eval "
+                   f"{short_path(path)}` does it")
 
 def read_ranks(
     run,              # a run folder
@@ -92,9 +96,11 @@ def read_ranks(
         if not p.is_file(): continue
         found = json.loads(p.read_text())
         if along and any(c['step'] is None for c in found['checkpoints']):
-            raise RunError(f"{short_path(run)}: was converted from a file that does not say its updates; this figure is over training")
+            raise RunError(f"{short_path(run)}: was converted from a file that does not say its updates; this "
+                           f"figure is over training")
         return found
-    raise RunError(f"{short_path(run)}: its checkpoints have no rank scores; `jepa_nb ranks {short_path(run)}` takes them")
+    raise RunError(f"{short_path(run)}: its checkpoints have no rank scores; `jepa_nb ranks {short_path(run)}` "
+                   f"takes them")
 
 def read_baselines(
     runs,             # run folders
@@ -102,8 +108,9 @@ def read_baselines(
     pixels=None,      # JSON of the raw pixels, or None: baselines/pixels.json
 )->tuple[list[dict],dict|None]: # random initialisations, raw pixels; empty where there are none
     "Results of the same networks before training and of raw pixels, which trained runs have to beat."
-    if random_init is None: random_init = [p for r in runs
-                                           if (p := r.parents[1]/'baselines'/f'{r.parent.name}-{r.name}.json').is_file()]
+    beside = lambda r: r.parents[1]/'baselines'
+    if random_init is None:
+        random_init = [p for r in runs if (p := beside(r)/f'{r.parent.name}-{r.name}.json').is_file()]
     if isinstance(random_init, (str, Path)): random_init = [random_init]
     if pixels is None: pixels = next((p for r in runs if (p := r.parents[1]/'baselines'/'pixels.json').is_file()), None)
     return [read_probe(p) for p in random_init], pixels and read_probe(pixels)
@@ -112,7 +119,8 @@ def read_baselines(
 def above_baselines(
     *runs, # lists of run folders
 )->bool:
-    "Whether every run probes better than raw pixels and than random weights, as a verdict asks; False where that was not measured."
+    """Whether every run probes better than raw pixels and than random weights, as a verdict asks; False where that
+    was not measured."""
     folders = [f for fs in runs for f in fs]
     if not all((f/'eval'/'probe.json').is_file() for f in folders): return False
     untrained, raw = read_baselines(folders)

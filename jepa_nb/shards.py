@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .files import write_atomic
+from .files import RunError, write_atomic
 from .images import UNREADABLE, DataError, image_size, one_line
 
 # %% ../nbs/12_shards.ipynb #b0f8e0fe
@@ -342,7 +342,7 @@ def cached_index(
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): pass
     index = make()
     try: write_atomic(saved, _pack_index(index))
-    except OSError: pass # a cache that cannot be written only costs time
+    except RunError: pass # a cache that cannot be written only costs time
     return index
 
 def shard_index(path:Path)->dict:

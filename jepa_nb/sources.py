@@ -70,25 +70,25 @@ class Source:
         self.sizes = np.ascontiguousarray(sizes, np.int32)
         self._labels = np.ascontiguousarray(labels, np.int64)
         is_small = self.sizes.astype(np.int64).prod(1).sum()*3 <= CACHE_BYTES
-        self.memory = DecodedCache(self.sizes) if cache is True or cache == 'auto' and is_small else None
+        self.decoded = DecodedCache(self.sizes) if cache is True or cache == 'auto' and is_small else None
 
     def __len__(self): return len(self.keys)
     def __repr__(self): return f"{type(self).__name__}({self.name}: {len(self)} images)"
-    def __getstate__(self): return dict(self.__dict__, memory=None) # it cannot be shared with a spawned process
+    def __getstate__(self): return dict(self.__dict__, decoded=None) # it cannot be shared with a spawned process
     @property
     def labels(self)->np.ndarray: return self._labels # [i] int64, -1 unknown
     def size(self, i:int)->tuple[int,int]: return tuple(self.sizes[i].tolist()) # H, W
     def pixels(self, i:int)->Tensor: raise NotImplementedError # [H W 3] uint8, read and decoded now
     def extras(self, i:int)->dict: return {} # depth, objects, count, distance
     def has(self, part:str)->np.ndarray: return np.zeros(len(self), bool) # [i] images with 'depth' or 'objects'
-    def facts(self, i:int)->dict: return {} # count and distance, where known, without decoding anything
+    def metadata(self, i:int)->dict: return {} # count and distance, where known, without decoding anything
 
     def image(self, i:int)->Tensor: # [H W 3] uint8, contiguous; may be shared memory: do not write to it
         "One image, from the cache if it is there. BadImage if it cannot be decoded."
-        x = self.memory[i] if self.memory is not None else None
+        x = self.decoded[i] if self.decoded is not None else None
         if x is None:
             x = self.pixels(i)
-            if self.memory is not None: self.memory[i] = x
+            if self.decoded is not None: self.decoded[i] = x
         return x
 
     def sample(self, i:int)->dict:
@@ -164,7 +164,7 @@ class ShardSource(Source):
 
     def pixels(self, i): return to_rgb(self.read(i), self.location(i), self.size(i))
     def has(self, part): return self.spans[:, SAMPLE_PARTS.index(part), 0] >= 0
-    def facts(self, i): return sample_metadata(self.read(i, 'json'), self.location(i))
+    def metadata(self, i): return sample_metadata(self.read(i, 'json'), self.location(i))
 
     def extras(self, i):
         "Depth, objects, count and distance, where the sample has them."
@@ -300,7 +300,7 @@ class SceneSource(Source):
         keys = [f'scene_{style}_{seed}_{i:06d}' for i in ids]
         super().__init__(f'{split} scenes', sizes, np.full(images, -1), keys, cache, classes=classes)
         self._labels = _shared_zeros(images, np.int64)
-        self._metadata = _shared_zeros(2*images, np.float64).reshape(images, 2) # count, distance
+        self._counts_distances = _shared_zeros(2*images, np.float64).reshape(images, 2) # count, distance
         self.rendered = _shared_zeros(images, np.uint8)
 
     @property
@@ -313,16 +313,16 @@ class SceneSource(Source):
     def sample(self, i):
         "Render one Sample, with everything that is known about it."
         s = scene_sample(index=self.start+int(i), **self.world)
-        self._labels[i], self._metadata[i], self.rendered[i] = s['label'], (s['count'], s['distance']), 1
+        self._labels[i], self._counts_distances[i], self.rendered[i] = s['label'], (s['count'], s['distance']), 1
         return s
 
     def has(self, part): return np.ones(len(self), bool)
     def pixels(self, i): return self.sample(i)['image'].permute(1, 2, 0).contiguous()
 
-    def facts(self, i):
+    def metadata(self, i):
         "Count and distance; the scene is rendered if it was not yet."
         if not self.rendered[i]: self.image(i)
-        return dict(count=int(self._metadata[i, 0]), distance=float(self._metadata[i, 1]))
+        return dict(count=int(self._counts_distances[i, 0]), distance=float(self._counts_distances[i, 1]))
 
 # %% ../nbs/13_sources.ipynb #44a425d2
 EXAMPLE_PATHS = dict(shards='data/cifar10/train-*.tar', folder='photos')

@@ -48,7 +48,7 @@ def read_metadata(
     "An entry of the metadata of every image. Raises DataError where it is no number, negative, or no whole count."
     out = np.full(len(source), np.nan)
     for i in tqdm(range(len(source)), desc=f'{name} of {source.name}', disable=None, leave=False, delay=1):
-        v = source.facts(i).get(name)
+        v = source.metadata(i).get(name)
         if v is None: continue
         if type(v) not in (int, float) or not np.isfinite(v) or v < 0 or (name == 'count' and v != int(v)):
             raise DataError(f"{source.name}: {source.keys[i]} has a {name} of {str(v)[:40]!r}")
@@ -85,7 +85,8 @@ def task_labels(
     number = (lambda v: v-first) if target == 'count' else (lambda v: distance_class(v, bounds))
     if len(set(number(known).tolist())) < 2:
         hint = f"; other cuts would do, e.g. {', '.join(CUTS)}" if target == 'dist' else ''
-        raise DataError(f"{sources[0].name}: every {name} lies in one class, from {known.min():.4g} to {known.max():.4g}{hint}")
+        raise DataError(f"{sources[0].name}: every {name} lies in one class, from {known.min():.4g} to "
+                        f"{known.max():.4g}{hint}")
     def classes(v): return np.where(np.isnan(v), -1, number(np.nan_to_num(v, nan=known.min()))).astype(np.int64)
     return [classes(v) for v in values]
 

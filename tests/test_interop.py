@@ -41,7 +41,6 @@ SIZES = [dict(patch=16, dim=48, depth=3, heads=3, side=224), dict(patch=14, dim=
          dict(patch=16, dim=192, depth=12, heads=3, side=224),
          # the last: the MLP of ViT-g is not four times as wide either
          dict(patch=8, dim=32, depth=2, heads=4, side=96, hidden=88)]
-RANKS = RankConfig(rank_images=20, lidar_images=10, lidar_views=3)
 sizes = pytest.mark.parametrize('size', SIZES, ids=lambda s: f"{s['patch']}-{s['dim']}-{s['depth']}-{s['side']}")
 
 
@@ -200,14 +199,14 @@ def test_a_fresh_model_has_random_positions(hf, side, wide, tmp_path):
         assert_close(ours(image_tokens(images, 16)), features(model, images), atol=1e-5, rtol=1e-5)
         assert_close(interpolate_pos_embed(ours, 4, wide//16)(image_tokens(others, 16)),
                      features(model, others, interpolate_pos_encoding=True), atol=1e-5, rtol=1e-5)
-        larger = pytest.raises(ValueError, match='position embeddings are for 4x4 patches')
-        with larger if wide > side else contextlib.nullcontext(): ours(image_tokens(others, 16))
+        refused = pytest.raises(ValueError, match='position embeddings are for 4x4 patches')
+        with refused if wide > side else contextlib.nullcontext(): ours(image_tokens(others, 16))
     back = hf.IJepaModel.from_pretrained(convert(run, tmp_path/'back', to='hf')).eval()
     assert torch.equal(features(back, images), features(model, images))
     official = open_run(convert(convert(run, tmp_path/'x.pth.tar'), tmp_path/'again'), parts=('teacher',))[0].teacher
     with torch.no_grad(): assert torch.equal(official(image_tokens(images, 16)), ours(image_tokens(images, 16)))
     train_on, test_on = (open_source('scenes', images=40, side=wide, split=s) for s in ('train', 'test'))
-    r = evaluate(run, train_on, test_on, EvalConfig(side=wide, layers='last'), progress=False)
+    r = probe(run, train_on, test_on, side=wide, layers='last')
     assert r['stretched'] is True # nothing can be computed on
     with pytest.raises(ConfigError, match='position=table'):
         convert(tmp_path/'hf', tmp_path/'no', condition='positions')
@@ -269,6 +268,14 @@ def test_timm_reads_the_official_file(timm, tmp_path):
                      open_run(tmp_path/'run')[0].encoder(image_tokens(images, 16)), atol=1e-5, rtol=1e-5)
 
 
+FEW_SCORES = RankConfig(rank_images=20, lidar_images=10, lidar_views=3)
+
+
+def probe(run, train, test, **settings):
+    "`evaluate` with some settings."
+    return evaluate(run, train, test, EvalConfig(**settings), progress=False)
+
+
 def jepa_nb(*words):
     return subprocess.run([sys.executable, '-m', 'jepa_nb.cli', *map(str, words)], cwd=ROOT, capture_output=True,
                           text=True, timeout=120, env=os.environ | dict(OMP_NUM_THREADS='1'))
@@ -295,9 +302,9 @@ def test_a_converted_checkpoint_is_evaluated_and_drawn(tmp_path):
     r = jepa_nb('eval', tmp_path/'whole', '--sets', tmp_path/'sets.yaml')
     # before the first is evaluated
     assert r.returncode == 1 and 'gone: ' in r.stderr and not (tmp_path/'whole/eval').exists(), r.stderr
-    cfg = EvalConfig(side=96, protocol='ood_step', epochs=1)
+    few = dict(side=96, protocol='ood_step', epochs=1)
     train_on, test_on = (open_source('scenes', images=8, side=96, split=s) for s in ('train', 'test'))
-    a, b, c = (evaluate(tmp_path/n, train_on, test_on, cfg, progress=False) for n in ('run', 'whole', 'alone'))
+    a, b, c = (probe(tmp_path/n, train_on, test_on, **few) for n in ('run', 'whole', 'alone'))
     assert a['acc'] == b['acc'] == c['acc'] and c['images_seen'] is None
     assert torch.equal(encode(tmp_path/'run', [pictures(96)[0]])[0], encode(tmp_path/'alone', [pictures(96)[0]])[0])
     small = export_checkpoint(tmp_path/'alone', tmp_path/'small', parts=('teacher',))
@@ -386,34 +393,34 @@ def test_a_file_with_one_network(tmp_path):
 
 
 def test_probes_at_another_size(tmp_path):
-    "Positions are computed for another size, or interpolated as others do."
-    run, cfg = our_run(SIZES[3], tmp_path/'run', dict(kind='positions')), EvalConfig(layers='last')
-    images, test = (open_source('scenes', images=40, side=128, split=s) for s in ('train', 'test'))
-    def result(**kw): return evaluate(run, images, test, replace(cfg, **kw), progress=False)
-    native, forced = (result(stretch=s) for s in (False, True))
-    computed, interpolated = (result(side=128, stretch=s) for s in (False, True))
+    "Positions computed on, or stretched as others do."
+    run, few = our_run(SIZES[3], tmp_path/'run', dict(kind='positions')), dict(layers='last', train_images=40,
+                                                                               test_images=40)
+    images, test = open_source('scenes', images=40, side=128), open_source('scenes', images=40, side=128, split='test')
+    native, forced = (probe(run, images, test, stretch=s, **few) for s in (False, True))
+    on, over = (probe(run, images, test, side=128, stretch=s, **few) for s in (False, True))
     assert native['knn'] == forced['knn'] and native['acc'] == forced['acc']
-    assert (computed['stretched'], interpolated['stretched']) == (False, True)
+    assert (on['stretched'], over['stretched']) == (False, True)
     teacher = open_run(run, parts=('teacher',))[0].teacher
-    for r, encoder in ((computed, teacher), (interpolated, interpolate_pos_embed(teacher, 12, 16))):
-        z = [extract(encoder, s, 128, depths=[2], norm='after')[:, 0] for s in (images, test)]
-        y = [torch.as_tensor(s.labels) for s in (images, test)]
-        assert r['knn'] == [float(knn(z[0], y[0], z[1], y[1]).mean())]
+    for r, encoder in ((on, teacher), (over, interpolate_pos_embed(teacher, 12, 16))):
+        seen = [t for s in (images, test) for t in (extract(encoder, s, 128, depths=[2], norm='after')[:, 0],
+                                                    torch.as_tensor(s.labels))]
+        assert r['knn'] == [float(knn(*seen).mean())]
     with pytest.raises(ValueError, match='raw pixels have no positions'):
-        evaluate('pixels', images, test, EvalConfig(layers='last', stretch=True), progress=False)
+        probe('pixels', images, test, stretch=True, **few)
     r = jepa_nb('eval', run, 'eval.side=128', 'eval.stretch=true', 'eval.train_images=20', 'eval.test_images=20',
                 'eval.layers=last', '--train', 'scenes', '--test', 'scenes', '--out', tmp_path/'stretched.json')
-    assert r.returncode == 0, r.stderr
-    assert json.loads((tmp_path/'stretched.json').read_text())['stretched'] is True
+    assert r.returncode == 0 and json.loads((tmp_path/'stretched.json').read_text())['stretched'] is True, r.stderr
 
 
 @pytest.mark.parametrize('to', ['x.pth.tar', 'hf'])
 def test_rank_scores_of_a_converted_checkpoint(tmp_path, to):
     "Nobody says after how many updates it was written; where there is no student, what needs one is left out."
     run, images = our_run(SIZES[3], tmp_path/'run'), open_source('scenes', images=40, side=96)
-    test = open_source('scenes', images=20, side=96, split='test')
-    back = convert(convert(run, tmp_path/to, to=None if '.' in to else to), tmp_path/'back')
-    first, last = rank_checkpoints(back, images, test, RANKS, progress=False)['checkpoints']
+    test, back = open_source('scenes', images=20, side=96,
+                             split='test'), convert(convert(run, tmp_path/to, to=None if '.' in to else to),
+                                                    tmp_path/'back')
+    first, last = rank_checkpoints(back, images, test, FEW_SCORES, progress=False)['checkpoints']
     assert first['step'] == 0 and last['step'] is None and last['rankme'] > 1
     assert (last['lidar_released'] is None) == (to == 'hf')
 
@@ -439,24 +446,24 @@ def test_the_student_and_rank_scores_without_positions(tmp_path):
     "EC leaves open which encoder is evaluated and whether rank scores are conditioned on positions: both are options."
     run, images = our_run(SIZES[3], tmp_path/'run', dict(kind='positions')), open_source('scenes', images=40, side=96)
     test = open_source('scenes', images=20, side=96, split='test')
-    scores = lambda run, ranks: rank_checkpoints(run, images, test, ranks, progress=False)
-    conditioned, off = (scores(run, replace(RANKS, conditioned=c)) for c in (True, False))
+    conditioned, off = (rank_checkpoints(run, images, test, replace(FEW_SCORES, conditioned=c), progress=False)
+                        for c in (True, False))
     assert (conditioned['conditioned'], off['conditioned']) == (True, False)
     assert all(a[m] != b[m] for a, b in zip(conditioned['checkpoints'], off['checkpoints'])
                for m in ('rankme', 'lidar', 'rankme_released', 'lidar_released'))
     plain = convert(convert(run, tmp_path/'x.pth.tar'), tmp_path/'plain', condition='none')
-    as_plain = scores(plain, RANKS)['checkpoints'][-1]
+    as_plain = rank_checkpoints(plain, images, test, FEW_SCORES, progress=False)['checkpoints'][-1]
     assert all(off['checkpoints'][-1][m] == pytest.approx(as_plain[m], rel=1e-4) for m in ('rankme', 'lidar'))
-    d = torch.load(tmp_path/'x.pth.tar', weights_only=True)
-    many = open_source('scenes', images=100, side=96, split='test')
-    # after so few updates the student still equals the teacher
+    d, many = torch.load(tmp_path/'x.pth.tar', weights_only=True), open_source('scenes', images=100, side=96,
+                                                                               split='test')
+    # after so few updates it is the teacher still
     d['encoder'] = {k: v if k.endswith('pos_embed')
                     else v*(1+torch.randn(v.shape, generator=torch.Generator().manual_seed(1)))
                     for k, v in d['encoder'].items()}
     torch.save(d, tmp_path/'apart.pth.tar')
-    both = convert(tmp_path/'apart.pth.tar', tmp_path/'both')
-    alone = convert(tmp_path/'apart.pth.tar', tmp_path/'alone', part='encoder')
-    student, same, teacher = (evaluate(r, images, many, EvalConfig(**kw), progress=False)
+    both, alone = convert(tmp_path/'apart.pth.tar', tmp_path/'both'), convert(tmp_path/'apart.pth.tar',
+                                                                              tmp_path/'alone', part='encoder')
+    student, same, teacher = (probe(r, images, many, **kw)
                               for r, kw in ((both, dict(part='encoder')), (alone, {}), (both, {})))
     found = [[r[k] for k in ('acc', 'knn', 'val_acc')] for r in (student, same, teacher)]
     assert (student['features'], teacher['features']) == ('student', 'teacher') and found[0] == found[1] != found[2]
