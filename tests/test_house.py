@@ -97,11 +97,9 @@ LARGE = { # functions that may be larger: module.name -> why
     'frozen.extract': 'the one extractor: what is shown, what is read, and how it is batched',
     'probes.fit_linear': 'the settings of a solver, which papers report one by one',
     'probes.linear_probe': 'features and labels of two splits, and the settings of `fit_linear`',
-    'depth.evaluate_depth': 'a run, two sources, a config, and what the result is called',
     'figure_files.save_figure': 'what a figure consists of, and what its provenance consists of',
     'writing.shards_from_scenes': 'the options of `jepa_nb data scenes`',
     'sets.shards_from_public': 'the options of `jepa_nb data NAME`',
-    'cli.eval_on_sets': 'the options of `jepa_nb eval --sets`',
 }
 
 
