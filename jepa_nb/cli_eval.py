@@ -123,8 +123,8 @@ def read_sets_of(
     only=(),   # names of some of them; none: all
     over:dict|None=None, # settings of sets that do not have them
 )->dict:       # SetConfig by name
-    "The data sets of a tier's file, of a file that holds nothing else, or of a mapping. Raises CliError or "
-    "ConfigError."
+    """The data sets of a tier's file, of a file that holds nothing else, or of a mapping. Raises CliError or
+    ConfigError."""
     from jepa_nb.tiers import read_sets
     where = '--sets' if given.lstrip().startswith('{') else given
     if where == given and not Path(given).is_file(): refuse(f"{given}: no such file")

@@ -144,8 +144,8 @@ def evaluate(
     labels:dict|None=None, # what the result is called: run (default: the run's name), tier, set
     progress:bool=True, # bars
 )->dict:                # what is written
-    "Probe a run at every depth (FN §5.1), or as one of EC's protocols says. Raises DataError where the images do "
-    "not fit."
+    """Probe a run at every depth (FN §5.1), or as one of EC's protocols says. Raises DataError where the images do
+    not fit."""
     start, device, labels = time.time(), 'cuda' if torch.cuda.is_available() else 'cpu', labels or {}
     cfg = cfg.resolved()
     subject = open_subject(run, cfg, device)

@@ -60,8 +60,8 @@ MAX_PIXELS = 89_478_485 # Pillow's limit too: a file of 100 bytes can claim to b
 def image_size(
     data:bytes|memoryview, # the file, or enough of its beginning
 )->tuple[int,int]:         # (H, W) as stored: the camera's orientation mark is applied neither here nor by `to_rgb`
-    "Read height and width from the header of a JPEG, PNG or WebP. Raises ValueError with the reason when there are "
-    "none."
+    """Read height and width from the header of a JPEG, PNG or WebP. Raises ValueError with the reason when there are
+    none."""
     head = bytes(data[:24])
     if head[:3] == b'\xff\xd8\xff': size = _jpeg_size(data)
     elif head[:8] == b'\x89PNG\r\n\x1a\n' and len(head) == 24: size = struct.unpack('>II', head[16:24])[::-1]

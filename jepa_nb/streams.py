@@ -34,8 +34,8 @@ def shard_order(
     num_readers:int=1, # ranks times workers
     replace:bool=True, # with replacement, without end; False: each once per epoch, divided among the readers
 ):                     # yields numbers of shards
-    "The shards that one reader reads, in order (FN §8.2). DataError when there are too few to divide among the "
-    "readers."
+    """The shards that one reader reads, in order (FN §8.2). DataError when there are too few to divide among the
+    readers."""
     if not replace and n < num_readers:
         raise DataError(f"{n} shards cannot be divided among {num_readers} workers; use fewer, or data.replace=true")
     for epoch in count(): # with replacement an epoch is n draws

@@ -44,7 +44,8 @@ def test_notebook_is_clean(notebook, tmp_path):
 
 def test_notebooks_are_named_as_they_are():
     "Notebooks that prose and comments mention or link to, `23_model` or nbs/23_model.ipynb, exist."
-    files = [ROOT/'README.md', *NOTEBOOKS, *(p for d in ('tests', 'workflow', 'params') for p in (ROOT/d).rglob('*.*'))]
+    others = (p for d in ('tests', 'workflow', 'params') for p in (ROOT/d).rglob('*.*'))
+    files = [ROOT/'README.md', ROOT/'RESULTS.md', *NOTEBOOKS, *others]
     stale = set()
     for path in (p for p in files if p.suffix in ('.md', '.ipynb', '.py', '.yaml')):
         names = re.findall(r'[`(/](\d\d_[a-z_]+)(?=[`)#]|\.ipynb)', path.read_text())
