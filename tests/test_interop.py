@@ -278,7 +278,7 @@ def probe(run, train, test, **settings):
 
 def jepa_nb(*words):
     return subprocess.run([sys.executable, '-m', 'jepa_nb.cli', *map(str, words)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=120, env=os.environ | dict(OMP_NUM_THREADS='1'))
+                          text=True, timeout=600, env=os.environ | dict(OMP_NUM_THREADS='1'))
 
 
 def test_a_converted_checkpoint_is_evaluated_and_drawn(tmp_path):
