@@ -73,12 +73,13 @@ def _as_yaml(v):
 def _as_pooling(v):
     "Kernel and stride of pooling, `off`, or None. Raises ValueError otherwise."
     v = _as_yaml(v)
-    if v is None or v == 'off' or v is False: return v
+    if v is None or v == 'off': return v
+    if v is False: return 'off' # as YAML reads off
     is_pair = isinstance(v, (list, tuple)) and len(v) == 2 and all(type(k) is int and k > 0 for k in v)
     if not is_pair: raise ValueError(f"should be off, or kernel and stride in patches, such as 4,4, not {v!r}")
     return tuple(v)
 
-Pooling = Annotated[Literal['off', False]|tuple[Count, Count]|None, BeforeValidator(_as_pooling)]
+Pooling = Annotated[Literal['off']|tuple[Count, Count]|None, BeforeValidator(_as_pooling)]
 Cuts    = Annotated[tuple[float, ...]|str, BeforeValidator(_as_yaml)]
 Side    = Annotated[Count, Field(le=4096)]
 
