@@ -74,8 +74,8 @@ def gather_slots(
 
 def block_pool_sizes(
     pack:Pack,           # of multi-block or window masks
-    masks:MaskConfig,    # of the recipe
-    cfg:ConditionConfig, # of the recipe
+    masks:MaskConfig,    # `Config.masks`
+    cfg:ConditionConfig, # `Config.condition`
 )->tuple[Tensor,Tensor,Tensor]: # [b t] each
     "Image, group and pool size of each target slot. A group is a target block, or with window masks an image."
     sample = gather_slots(pack.image.sample, pack.target, -1)
@@ -96,8 +96,8 @@ def unique_slots(
 # %% ../nbs/24_conditioning.ipynb #c0d240a1
 def assign_targets(
     pack:Pack,           # of multi-block or window masks
-    masks:MaskConfig,    # of the recipe
-    cfg:ConditionConfig, # of the recipe
+    masks:MaskConfig,    # `Config.masks`
+    cfg:ConditionConfig, # `Config.condition`
 )->PoolAssignment:
     "Assign target patches to the conditioning tokens of the context encoder (EC §2)."
     keep_remainder = cfg.remainder == 'short'
@@ -110,8 +110,8 @@ def assign_targets(
 
 def assign_context(
     pack:Pack,           # of multi-block or window masks
-    masks:MaskConfig,    # of the recipe
-    cfg:ConditionConfig, # of the recipe
+    masks:MaskConfig,    # `Config.masks`
+    cfg:ConditionConfig, # `Config.condition`
 )->PoolAssignment:
     "Assign context patches to the conditioning tokens of the teacher (EC §2)."
     sample = gather_slots(pack.image.sample, pack.context, -1)
@@ -147,7 +147,7 @@ def pool_positions(
 # %% ../nbs/24_conditioning.ipynb #c0d240b3
 def max_conditioning_tokens(
     cfg:Config,
-    slots:int|None=None, # context slots of a row; None: those of the recipe
+    slots:int|None=None, # context slots of a row; None: `pack.context`
 )->tuple[int,int]:       # conditioning tokens of the context encoder, and of the teacher
     "Upper bounds for the conditioning tokens of a row, whatever masks are drawn."
     masks, pack, condition = cfg.masks, cfg.pack, cfg.condition
@@ -222,7 +222,7 @@ class Conditioner(nn.Module):
         slots:int,             # of a row, for tokens; a CPU takes as many as are used
         g:torch.Generator|None=None, # for kind='shuffled'
     )->Tokens:                 # [b slots d]
-        "Pool positions into tokens, by the settings of the run."
+        "Pool positions into tokens and embed them, as configured."
         if assignment.token_index.device.type == 'cpu' and not torch.compiler.is_compiling():
             slots = int(assignment.token_index.max())+1 if assignment.token_index.numel() else 0
         image = pack.image._replace(x=None)

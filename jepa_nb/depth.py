@@ -26,7 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import images_seen, open_run, random_model, find_checkpoint
+from .checkpoint import find_checkpoint, images_seen, open_run, random_model
 from .config import Config
 from .depth_head import DPT, METRICS, ThreeConvs, depth_errors, depth_loss, head_layers, scale_factors
 from .eval_config import DepthConfig

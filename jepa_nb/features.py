@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .conditioning import mean_includes_conditioning, inference_conditioning
+from .conditioning import inference_conditioning, mean_includes_conditioning
 from .loader import pack_for_evaluation
 from .patches import Tokens
 
@@ -43,8 +43,7 @@ def batch_features(
 )->Tensor:               # [i D d], or [i D n d] with pool='none'; float32, on the encoder's device
     "Frozen features of whole images at every depth (FN §5.1). Raises ValueError where patches do not tile an image."
     device = next(encoder.parameters()).device
-    # conditioning tokens are averaged with those of their image: a row each
-    if mean_includes_conditioning(encoder): per_row = 1
+    if mean_includes_conditioning(encoder): per_row = 1 # an image's conditioning tokens are in its own row
     row = Tokens(*(t.to(device) for t in image_tokens(images, encoder.patch, per_row)))
     conditioning = inference_conditioning(encoder, row, condition)
     hidden = encoder.hidden(row, depths, conditioning=conditioning,
@@ -53,8 +52,8 @@ def batch_features(
     if norm == 'both': hidden = [*hidden, encoder.norm(hidden[-1])]
     def unpack_rows(t): return rearrange(t, 'b (k n) ... -> (b k) n ...', k=per_row)[:len(images)]
     if pool == 'none': return torch.stack([unpack_rows(h[:, :row.sample.shape[1]]) for h in hidden], 1).float()
-    counted = torch.cat((row.sample, conditioning.sample),
-                        1) if hidden[0].shape[1] > row.sample.shape[1] else row.sample
+    counted = row.sample
+    if hidden[0].shape[1] > counted.shape[1]: counted = torch.cat((counted, conditioning.sample), 1)
     return mean_tokens(torch.stack([unpack_rows(h) for h in hidden], 1).float(), unpack_rows(counted) >= 0)
 
 def mean_tokens(

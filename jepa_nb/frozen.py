@@ -60,7 +60,7 @@ def crop_and_flip(
     rng:np.random.Generator,    # 2*CROP_TRIES+3 random numbers are used
     area=(.08, 1.),             # share of the image
     aspect=(3/4, 4/3),          # width over height
-    interpolation:str='bilinear',         # see `resize`
+    interpolation:str='bilinear', # see `resize`
 )->Tensor:                      # [side side 3]
     "A random part of an image, see `crop_box`, half the time mirrored (IJ; VISSL)."
     *u, mirror = rng.random(2*CROP_TRIES+3).tolist()
@@ -174,7 +174,7 @@ def encode_images(
     images,              # an image, or a list of arrays, tensors, PIL images or paths, in any mix and size
     depth:int=-1,        # 0 is the patch embedding, -1 the last block; features are taken before the output norm
     side:int|None=None,  # pixels: central squares of this size; None keeps aspect and size, up to `largest`
-    largest:int|None=None, # longest side in patches; None is the recipe's when `model` is a path, else 16
+    largest:int|None=None, # longest side in patches; None: the config's scale.max_side if `model` is a path, else 16
     batch:int=64,        # images of one size at a time
     condition=None,      # EC, pooling of the conditioning positions, see `batch_features`
 )->tuple[Tensor,list[Tensor]]: # pooled [i d], and dense [y x d] of every image

@@ -204,12 +204,12 @@ def encode_targets(
 
 # %% ../nbs/30_jepa.ipynb #c5587e7e
 def make_predictor_rows(
-    jepa:JEPA,       # its settings
+    jepa:JEPA,       # its config
     context:Tensor,  # [b c] image of each context token, -1 padding
     target:Tensor,   # [b t] image of each target token, -1 padding
     g:torch.Generator|None=None, # for repeating and dropping
 )->PredictorRows:
-    "Rows of the predictor by the run's settings: one per target block (IJ), or repeated with dropped windows (FN)."
+    "Predictor inputs as configured: one row per target block (IJ), or repeated rows with dropped windows (FN)."
     cfg, masks = jepa.cfg.objective, jepa.cfg.masks
     if masks.kind == 'multiblock': return one_row_per_block(context, target, masks.segments)
     return repeat_and_drop(context, target, masks.window, cfg.repeats, cfg.keep_context, cfg.keep_target,
@@ -236,9 +236,9 @@ def predict(
         t = t._replace(sample=t.sample.masked_fill(~has_context, -1)) # such targets are not scored
     if len(z) == len(pack.context): row_of_z = rows.row
     else: row_of_z = torch.arange(len(z), device=z.device) # passes='each': z has a row for each predictor row
-    source = row_of_z[:, None]*z.shape[1] + rows.context # index of each context token in z, flat
+    source = row_of_z[:, None]*z.shape[1] + rows.context # flat index into z of each context token
     pred, flat_index, moe_predictor = jepa.predictor(z.flatten(0, 1), source, c, t, attention)
-    target_index = rows.row[:, None]*target_features.shape[1] + rows.target # the same in target_features
+    target_index = rows.row[:, None]*target_features.shape[1] + rows.target # flat index into target_features
     flat_target_index = target_index.flatten()[flat_index].clamp(min=0)
     pos, sample = t.pos.flatten(0, 1)[flat_index], t.sample.flatten()[flat_index]
     moe = [loss for loss in (moe_encoder, moe_predictor) if loss is not None]

@@ -23,7 +23,7 @@ from .config import AugmentConfig
 from .images import BadImage, DataError, to_rgb
 from .masks import Split, window_ids
 from jepa_nb.packing import (
-    AUGMENT, WINDOW_ORDER, PLAN, Batch, Pack, PackingBuffer, Plan, PlannedImage, Planner, block_split, check_slots,
+    AUGMENT, PLAN, WINDOW_ORDER, Batch, Pack, PackingBuffer, Plan, PlannedImage, Planner, block_split, check_slots,
     plan_image,
     row_slots, uniforms,
 )
@@ -51,7 +51,7 @@ def render_view(
     seed:int=0,        # of augmentation
     cfg=None,          # Config: augment as `cfg.augment` says; None: no augmentation
 )->Tensor:             # [H W 3] uint8, at item.size
-    "Crop and resize an image as planned, and augment it if a recipe is given."
+    "Crop and resize an image as planned, and augment it if a config is given."
     if item.box:
         top, left, height, width = item.box
         image = image[top:top+height, left:left+width].contiguous()
@@ -348,14 +348,14 @@ def _fixed_item(k, image, split, cfg):
         if need%tokens_per_tile:
             raise ValueError(f"image {k} has {need} {name} patches, not whole windows of {tokens_per_tile}")
     if len(split.targets) > segments:
-        raise ValueError(f"image {k} has {len(split.targets)} target blocks, the recipe {segments}")
+        raise ValueError(f"image {k} has {len(split.targets)} target blocks, masks.targets is {segments}")
     return item
 
 # %% ../nbs/18_loader.ipynb #9b421cb3
 def pack_for_evaluation(
     images,                   # list of images, see `to_rgb`, or one tensor [i H W 3]; sides multiples of `patch`
     patch:int,                # pixels per patch side
-    slots_per_row:int|None=None,  # slots of a row; None: as many as needed, up to 1024 or the largest image
+    slots_per_row:int|None=None, # slots of a row; None: as many as needed, up to 1024 or the largest image
     one_per_row:bool=False,   # one image per row; the rows are as long as the largest image
 )->Tokens:                    # sample k is images[k]
     "Whole images as rows of tokens; raise ValueError for an image that is not whole patches or does not fit."

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .conditioning import mean_includes_conditioning, inference_conditioning
+from .conditioning import inference_conditioning, mean_includes_conditioning
 from .config import Config
 from .features import batch_features
 from .images import BadImage, DataError
@@ -151,8 +151,8 @@ def pooled_features(
         conditioning = conditioner.tokens_for_context_encoder(pack, torch.Generator(device).manual_seed(0))
     tokens = gather_tokens(tokens, ids)
     z, _ = encoder.features(tokens, conditioning=conditioning, return_conditioning=in_mean) # zero at padding
-    sample = tokens.sample if conditioning is None or not in_mean else torch.cat((tokens.sample, conditioning.sample),
-        1)
+    sample = tokens.sample
+    if conditioning is not None and in_mean: sample = torch.cat((sample, conditioning.sample), 1)
     return z.sum(1)/(sample >= 0).sum(1, keepdim=True)
 
 def pad_lists(lists)->Tensor: # [i n], -1 padding

@@ -101,7 +101,7 @@ class Encoder(nn.Module):
 
     def forward_blocks(self,
         tokens:Tokens,          # x [b n p] uint8 or in [-1, 1]
-        attention:str='auto',        # 'flat', 'dense': see `token_layout`
+        attention:str='auto',   # 'flat', 'dense': see `token_layout`
         keep:bool=False,        # keep the output of every depth
         conditioning:Tokens|None=None, # conditioning tokens: x [b e d], pos [b e 2], sample [b e]
         return_conditioning:bool=False,  # return their outputs too, in e more slots
@@ -133,12 +133,12 @@ class Encoder(nn.Module):
         pos, rope = torch.cat((tokens.pos, conditioning.pos), 1), None
         if self.position == 'rope': _, rope = add_positions(x, both.flat(pos), self)
         hidden, loss = run_blocks(self, x, rope, both, keep)
-        return (hidden, both, loss) if return_conditioning else ([lay.flat(both.rows(h)[:, :n]) for h in hidden], lay,
-                                                                 loss)
+        if return_conditioning: return hidden, both, loss
+        return [lay.flat(both.rows(h)[:, :n]) for h in hidden], lay, loss
 
     def features(self,
         tokens:Tokens,                                 # x [b n p]
-        attention:str='auto',                               # 'flat', 'dense': see `token_layout`
+        attention:str='auto',                          # 'flat', 'dense': see `token_layout`
         conditioning:Tokens|None=None, return_conditioning:bool=False, # see `forward_blocks`
     )->tuple[Tensor,Tensor|None]: # [b n d], auxiliary loss
         "Features after the output norm, zero at padding."
@@ -148,7 +148,7 @@ class Encoder(nn.Module):
 
     def forward(self,
         tokens:Tokens,          # x [b n p]
-        attention:str='auto',        # 'flat', 'dense': see `token_layout`
+        attention:str='auto',   # 'flat', 'dense': see `token_layout`
         conditioning:Tokens|None=None, # see `forward_blocks`
     )->Tensor:                  # [b n d]
         return self.features(tokens, attention, conditioning)[0]
@@ -156,7 +156,7 @@ class Encoder(nn.Module):
     def hidden(self,
         tokens:Tokens,          # x [b n p]
         depths=None,            # list of depths, 0 is the patch embedding; None: all depth+1
-        attention:str='auto',        # 'flat', 'dense': see `token_layout`
+        attention:str='auto',   # 'flat', 'dense': see `token_layout`
         conditioning:Tokens|None=None, return_conditioning:bool=False, # see `forward_blocks`
     )->list[Tensor]:            # [b n d] each
         "Features of several depths, before the output norm: the input of FN's probes (§8.3)."
@@ -193,7 +193,7 @@ class Predictor(nn.Module):
         source:Tensor,          # [b c] index into the table for each context slot; any value at padding
         context:Tokens,         # x unused; pos [b c 2], sample [b c]
         target:Tokens,          # x unused; pos [b t 2], sample [b t]
-        attention:str='auto',        # 'flat', 'dense': see `token_layout`
+        attention:str='auto',   # 'flat', 'dense': see `token_layout`
     )->tuple[Tensor,Tensor,Tensor|None]: # predictions [m in_dim], their slots (row*t + column) [m], auxiliary loss
         "Predict the features at every target slot that is not padding (dense attention: at every target slot)."
         c, t = context.sample.shape[1], target.sample.shape[1]

@@ -158,11 +158,6 @@ class ExpertChoice(nn.Module):
         self.w2, self.b2 = nn.Parameter(torch.empty(experts, hidden, dim)), nn.Parameter(torch.empty(experts, dim))
         init_experts(self, dim, hidden, expert_init)
 
-    @property
-    def is_initialised(self)->Tensor: # [] bool
-        "True once a training batch has set the thresholds; stored in checkpoints as the buffer `seen`."
-        return self.seen
-
     def forward(self,
         x:Tensor,             # [n d] after the norm
         lay:TokenLayout,      # of the tokens

@@ -28,7 +28,7 @@ class Pack(NamedTuple):
     image:Tokens   # [b n ...] each patch once; n = C+T slots with windows, N with blocks
     context:Tensor # [b C] int64, slots of `image`; -1 is padding
     target:Tensor  # [b T] int64, slots of `image`; -1 is padding; with blocks all slots of block 0 come first
-    segment:Tensor # [b T] int64, number of the target block in its image (0 with windows); -1 is padding
+    segment:Tensor # [b T] int64, index of the target block in its image (0 with windows); -1 is padding
 
 def row_slots(cfg)->tuple[int,int,int]:
     "Numbers of slots of a row: N of image patches, C of the context, T of the targets."
@@ -279,7 +279,7 @@ class Plan(NamedTuple):
     state:dict                    # of the planner after this batch
 
 class Planner:
-    "Iterator of `Plan`: a function of the image sizes, the settings and the seed."
+    "Iterator of `Plan`s, which are a function of the image sizes, the config and the seed."
     def __init__(self,
         sizes:np.ndarray,     # [i 2] H and W of every image of the source, pixels
         cfg,                  # Config

@@ -35,7 +35,7 @@ from .files import RunError, checkpoint_folders, checkpoint_step, sha256, write_
 from .jepa import JEPA, ema_, encode_targets
 from .loader import loader
 from .metrics import check_scores, collapse, rank_scores, rankme
-from .optim import beta_at, weight_decay_at, lr_at, make_optimizer
+from .optim import beta_at, lr_at, make_optimizer, weight_decay_at
 from .recipes import load_config, save_config
 from .sources import data_fingerprint
 from .streams import open_data
@@ -123,7 +123,7 @@ def collapse_metrics(
     return dict(rankme=rankme(z), **{f'feature_{k}':v for k, v in collapse(z).items()})
 
 def effective_rank_scores(jepa:JEPA, source)->dict:
-    "The four rank scores of `metrics`, on as many images as the run's settings ask for."
+    "The four effective-rank scores of `metrics`, on as many images as `cfg.run` says."
     r = jepa.cfg.run
     return rank_scores(jepa, source, r.rank_images, r.lidar_images, r.lidar_views)
 
@@ -180,7 +180,7 @@ def check_same_start(
 
 # %% ../nbs/35_train.ipynb #0feb47e4
 def init_or_resume(
-    cfg:Config,               # settings, checked against those of the checkpoint
+    cfg:Config,               # checked against that of the checkpoint
     run:Path,                 # run folder
     ctx:DistContext,          # only rank 0 looks for checkpoints
     data:str|None,            # `data_fingerprint` of the images
@@ -243,7 +243,7 @@ class FiniteGuard:
 # %% ../nbs/35_train.ipynb #b2728181
 def is_finished(
     run:Path,   # run folder
-    cfg:Config, # settings that it is asked to go on with
+    cfg:Config, # that it is asked to go on with
     start=None, # checkpoint that it is asked to begin with; None: no request
 )->bool:
     "Whether a run already has all its updates. Raises RunError where it began otherwise than it is asked to."
@@ -381,7 +381,7 @@ class RunLogger:
 
 # %% ../nbs/35_train.ipynb #573f736a
 def train(
-    cfg:Config,               # settings; `run.steps` is where the run ends
+    cfg:Config,               # of the run; `run.steps` is where it ends
     out:str|Path,             # run folder; a run that is there is resumed at its newest complete checkpoint
     progress:bool=True,       # show a bar on a terminal, a line per line of the log elsewhere
     start:str|Path|None=None, # another run's checkpoint at which a new run begins, see `skip_to_next_epoch`
