@@ -95,7 +95,7 @@ LARGE = { # functions that may be larger: module.name -> why
     'model.Predictor.__init__': 'its parameters are the fields of PredictorConfig',
     'jepa.repeat_and_drop': 'the settings of ObjectiveConfig and the row that they apply to',
     'train.train': 'one loop, read from above: batch, loss, backward, step, teacher, log, save',
-    'frozen.extract': 'the one extractor: what is shown, what is read, and how it is batched',
+    'frozen.dataset_features': 'the one extractor: what is shown, what is read, and how it is batched',
     'probes.fit_linear': 'the settings of a solver, which papers report one by one',
     'probes.linear_probe': 'features and labels of two splits, and the settings of `fit_linear`',
     'figure_files.save_figure': 'what a figure consists of, and what its provenance consists of',
