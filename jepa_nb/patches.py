@@ -23,7 +23,7 @@ class Tokens(NamedTuple):
     "Patches of one or several images in each row."
     x:Tensor      # [b n d] pixels (uint8 from the loader, [-1, 1] once the model has scaled them) or features
     pos:Tensor    # [b n 2] float32; row and column of the patch in its own image, in patches
-    sample:Tensor # [b n]   int64; the image of the batch that a token belongs to, -1 is padding
+    sample:Tensor # [b n]   int64; index in the batch of the image that a token belongs to, -1 is padding
 
 # %% ../nbs/15_patches.ipynb #7fc8646d
 def patchify(
