@@ -136,6 +136,13 @@ def test_ruff_is_silent():
     assert r.returncode == 0, r.stdout
 
 
+def test_opening_a_checkpoint_imports_no_training():
+    code = "import sys; from jepa_nb.checkpoint import open_run; from jepa_nb.files import RunError; print(*sys.modules)"
+    r = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0 and 'jepa_nb.jepa' in r.stdout.split(), r.stderr
+    assert not {'jepa_nb.train', 'jepa_nb.evaluate', 'jepa_nb.cli'} & set(r.stdout.split())
+
+
 def test_library_needs_no_workbook():
     """Every module imports where there is no nbdev, Jupyter, scikit-learn, pandas or pytest; workers can be forked and
     spawned from it."""
