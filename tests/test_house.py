@@ -131,6 +131,22 @@ def test_modules_and_functions_are_small():
                                       if k not in LARGE} or 'LARGE names functions that are not'
 
 
+def test_parameters_are_documented():
+    "Public functions of three or more parameters have a comment beside each, and every public function a docstring."
+    lacking = []
+    for module in MODULES:
+        text = (ROOT/f'jepa_nb/{module}.py').read_text()
+        lines = text.splitlines()
+        for name, f in functions(ast.parse(text), module):
+            if any(part.startswith('_') for part in name.split('.')) or is_command(f): continue
+            given = [x for x in f.args.posonlyargs+f.args.args+f.args.kwonlyargs if x.arg not in ('self', 'cls', 'ctx')]
+            is_public = name.count('.') == 1
+            if is_public and not ast.get_docstring(f) and f.end_lineno > f.lineno: lacking.append(f'{name}: docstring')
+            has_comment = lambda x: '#' in lines[x.lineno-1] or lines[x.lineno-2].strip().startswith('#')
+            if is_public and len(given) > 2: lacking += [f'{name}: {x.arg}' for x in given if not has_comment(x)]
+    assert lacking == []
+
+
 def test_ruff_is_silent():
     r = subprocess.run([BIN/'ruff', 'check', 'nbs', 'tests', 'workflow'], cwd=ROOT, capture_output=True, text=True)
     assert r.returncode == 0, r.stdout
