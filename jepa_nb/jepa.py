@@ -102,10 +102,10 @@ def one_row_per_block(
     target:Tensor,   # [b t] image of each target token; as many slots for every block
     segments:int,    # target blocks of an image
 )->PredictorRows:    # all rows with block 0, then all with block 1, ...
-    "Copy every row once for each target block, with the whole context (IJ §3)."
+    "Make one predictor row per row and target block, with the whole context (IJ §3)."
     (b, c), t, device = context.shape, target.shape[1]//segments, context.device
-    copy = torch.arange(segments*b, device=device)
-    row, block = copy%b, copy.div(b, rounding_mode='floor')
+    index = torch.arange(segments*b, device=device)
+    row, block = index%b, index.div(b, rounding_mode='floor')
     slots = torch.arange(t, device=device) + block[:, None]*t
     context_ids = torch.arange(c, device=device).masked_fill(context[row] < 0, -1)
     target_ids = slots.masked_fill(target[row].gather(1, slots) < 0, -1)

@@ -179,8 +179,8 @@ def _check_block_slots(cfg):
 # %% ../nbs/17_packing.ipynb #56d094ef
 @lru_cache(maxsize=16)
 def _dp_masks(C, T):
-    """DP masks over states c*s+t: the stride s; all valid states; for each t, states with at least t free target
-    windows; for each k, states with exactly k windows empty."""
+    """DP masks over states c*s+t: the stride s, all valid states, for each t the states with at least t free target
+    windows, and for each k the states with exactly k windows empty."""
     stride = T+1
     column = sum(1 << c*stride for c in range(C+1))
     fits_target = [column*((1 << T-t+1)-1) for t in range(T+1)]
