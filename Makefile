@@ -1,8 +1,8 @@
 # make reproduce            set up, then draw every figure of tier quick from nothing (2 cores, no download)
 # make reproduce TIER=small DATA=folder     the same on real images; DATA holds cifar10/train-*.tar.gz
 # make reproduce SEED=7     the same with other seeds: of the runs, and of the images that are rendered
-# make figures TIER=small   redraw from the shipped checkpoints, no training
-# make ship TIER=small      keep small checkpoints of a tier's runs beside its figures
+# make figures TIER=small   redraw from the committed checkpoints, no training
+# make export TIER=small      keep small checkpoints of a tier's runs beside its figures
 # make test                 every notebook and every test
 # make report             build report/index.html from whatever is there: findings, claims, figures, notebooks, API
 # make lab                  JupyterLab on nbs/
@@ -17,7 +17,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
             $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 RUN     = JEPA_NB_PARENT=$$PPID exec .venv/bin/python -m jepa_nb.cli reproduce --tier $(TIER) --cores $(CORES) --data '$(DATA)' $(if $(SEED),--seed '$(SEED)')
 
-.PHONY: help setup reproduce figures ship dry report test lab
+.PHONY: help setup reproduce figures export dry report test lab
 .DEFAULT_GOAL := help
 help:
 	@sed -n 's/^# //p' Makefile
@@ -28,9 +28,9 @@ setup:
 reproduce: setup
 	@$(RUN)
 figures: setup
-	@$(RUN) --shipped
-ship: setup
-	@$(RUN) ship
+	@$(RUN) --committed
+export: setup
+	@$(RUN) export
 dry: setup
 	@$(RUN) --dry
 report: setup

@@ -11,7 +11,6 @@ from copy import deepcopy
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['planned_split', 'render_view', 'write_patches', 'trim_slots', 'PackWriter', 'assemble', 'loader', 'pack_stream',
-           'to_bytes', 'pack_iterator', 'pack_images', 'pack_for_evaluation', 'first_fit']
+           'pack_iterator', 'pack_images', 'pack_for_evaluation', 'first_fit']
 
 # %% ../nbs/18_loader.ipynb #c586a2f5
 import math
@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .config import AugmentConfig
-from .images import BadImage, DataError, decode
+from .images import BadImage, DataError, to_rgb
 from .masks import Split, window_ids
 from jepa_nb.packing import (
     AUGMENT, KEYS, PLAN, Batch, Pack, PackingBuffer, Plan, PlannedImage, Planner, block_split, check_slots, plan_image,
     row_slots, uniforms,
 )
-from .patches import DRAWS, Tokens, augment, positions, resize
+from .patches import AUGMENT_DRAWS, Tokens, augment, positions, resize
 from .streams import Stream
 
 # %% ../nbs/18_loader.ipynb #a0e28a7e
@@ -56,7 +56,7 @@ def render_view(
         image = image[top:top+height, left:left+width].contiguous()
     image = resize(image, item.size)
     if cfg is None or not (cfg.augment.flip or cfg.augment.colour or cfg.augment.blur): return image
-    return augment(image, uniforms(seed, AUGMENT, item.draw//cfg.masks.contexts, DRAWS), cfg.augment)
+    return augment(image, uniforms(seed, AUGMENT, item.draw//cfg.masks.contexts, AUGMENT_DRAWS), cfg.augment)
 
 @lru_cache(maxsize=1024)
 def _grid(grid, patch):
@@ -258,27 +258,16 @@ def pack_stream(
         yield assemble(planned, image, lambda item: planned_split(item, seed, cfg), cfg, state, seed=seed)
 
 # %% ../nbs/18_loader.ipynb #55f8ac28
-def to_bytes(
-    image, # PIL image, array or tensor; [H W 3] or [3 H W], uint8
-)->Tensor: # [H W 3] uint8, contiguous
-    "Convert an image to contiguous uint8 [H W 3]; raise ValueError if it is of another type or shape."
-    if hasattr(image, 'convert'): image = np.array(image.convert('RGB'))
-    image = torch.as_tensor(image)
-    if image.ndim == 3 and image.shape[0] == 3 and image.shape[2] != 3: image = image.permute(1, 2, 0)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != torch.uint8:
-        raise ValueError("an image to pack is uint8 of shape [H W 3] or [3 H W], "
-                         f"not {image.dtype} {list(image.shape)}")
-    return image.contiguous()
-
 def pack_iterator(
-    images:Iterable,      # PIL images, arrays or tensors, see `to_bytes`
+    images:Iterable,      # PIL images, or uint8 arrays or tensors, see `to_rgb`
     cfg,                  # Config
     seed:int=0,           # see `pack_stream`
     state:dict|None=None, # see `pack_stream`
 )->Iterator[Batch]:
     "Packed batches of your own images, for your own training script."
     check_slots(cfg)
-    return pack_stream(map(to_bytes, images), cfg, seed, lambda x: x.shape[:2], _identity, cfg.pack.rows, state)
+    return pack_stream((to_rgb(image, uint8_only=True) for image in images), cfg, seed, lambda x: x.shape[:2],
+                       _identity, cfg.pack.rows, state)
 
 # %% ../nbs/18_loader.ipynb #8fa3bac6
 class _StreamPacker(IterableDataset):
@@ -295,7 +284,7 @@ class _StreamPacker(IterableDataset):
         k = ((info.id if info else 0) + self.state['turn']) % workers # number of this worker in the stream
         seeds = np.random.SeedSequence([self.cfg.run.seed, self.stream.rank, k])
         seed = int(seeds.generate_state(1, np.uint64)[0])
-        pixels = lambda raw: torch.from_numpy(decode(raw.data, raw.key, raw.size))
+        pixels = lambda raw: to_rgb(raw.data, raw.key, raw.size)
         try:
             images, state = self.stream.read(k, workers), self.state['at'][k]
             for batch in pack_stream(images, self.cfg, seed, lambda raw: raw.size, pixels, self.rows, state):
@@ -326,13 +315,14 @@ def _with_state(batches, state):
 
 # %% ../nbs/18_loader.ipynb #686621e8
 def pack_images(
-    images:list,                         # see `to_bytes`
+    images:list,                         # see `to_rgb`
     cfg,                                 # Config
     splits:list[Split]|None=None,        # of every image at its own size; None: a random size and split of each
     rng:np.random.Generator|None=None,   # randomness; None: seed 0
 )->Pack:                                 # as many rows as the images need; sample k is images[k]
     "Pack a list of images into one `Pack`, each with one context."
-    images, cfg = [to_bytes(image) for image in images], replace(cfg, masks=replace(cfg.masks, contexts=1))
+    images, cfg = [to_rgb(image, uint8_only=True) for image in images], replace(cfg,
+        masks=replace(cfg.masks, contexts=1))
     if splits is None:
         check_slots(cfg)
         seed = int((rng or np.random.default_rng(0)).integers(2**63))
@@ -361,12 +351,12 @@ def _fixed_item(k, image, split, cfg):
 
 # %% ../nbs/18_loader.ipynb #9b421cb3
 def pack_for_evaluation(
-    images,                   # list of images, see `to_bytes`, or one tensor [i H W 3]; sides multiples of `patch`
+    images,                   # list of images, see `to_rgb`, or one tensor [i H W 3]; sides multiples of `patch`
     patch:int,                # pixels per patch side
     slots:int|str|None=None,  # tokens of a row; 'alone': one image per row; None: up to 1024, or the largest image
 )->Tokens:                    # sample k is images[k]
     "Whole images as rows of tokens; raise ValueError for an image that is not whole patches or does not fit."
-    images = [to_bytes(image) for image in images]
+    images = [to_rgb(image, uint8_only=True) for image in images]
     if not images: raise ValueError("no images to pack")
     grids = [(image.shape[0]//patch, image.shape[1]//patch) for image in images]
     for k, (H, W, _) in enumerate(image.shape for image in images):

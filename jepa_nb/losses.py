@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Losses', 'token_losses', 'LogHistogram', 'open_images', 'sample_indices', 'check_finite', 'loss_values', 'Masks',
-           'draw_masks', 'masked_losses', 'all_target_features', 'accumulate_losses', 'LossMap', 'mean_loss_map']
+           'window_order', 'draw_masks', 'join_rows', 'MaskedLosses', 'masked_losses', 'all_target_features',
+           'MaskPlan', 'sum_losses', 'accumulate_losses', 'LossMap', 'mean_loss_map']
 
 # %% ../nbs/45_losses.ipynb #d25a6ec8
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from tqdm import tqdm
 
 from .config import Config
 from .devices import to_device
-from .features import image_tokens, square_batches, warn_skipped
+from .features import image_tokens
+from .frozen import square_batches, warn_skipped
 from .images import BadImage, DataError
 from .jepa import JEPA, PredictorRows, repeat_and_drop, encode_targets
 from .loader import pack_iterator
@@ -28,20 +30,20 @@ from .patches import Tokens
 
 # %% ../nbs/45_losses.ipynb #d47415a8
 class Losses(NamedTuple):
-    "Losses of target tokens that were scored."
+    "Losses of the target tokens that were predicted."
     value:Tensor # [m d] smooth L1 per channel
     pos:Tensor   # [m 2] row and column of the patch
     image:Tensor # [m]   number of the image
 
 def token_losses(
-    jepa:JEPA,
+    jepa:JEPA,           # encoder, teacher and predictor
     images,              # iterable of [H W 3] uint8
     cfg:Config,          # how they are scaled, split and packed
     seed:int=0,          # of scaling, splits and dropping
     total:int|None=None, # number of images, for the progress bar
-    progress=None,       # its text
+    progress=None,       # text of a progress bar; None shows none
 )->Iterator[Losses]:     # one per batch
-    "Losses as in training, on any images, with nothing averaged."
+    "Losses of images scaled, masked and packed as in training, without any averaging."
     device = next(jepa.parameters()).device
     g = torch.Generator(device).manual_seed(seed)
     bar = tqdm(total=total, desc=progress, disable=not progress, mininterval=1)
@@ -56,7 +58,7 @@ def token_losses(
 
 # %% ../nbs/45_losses.ipynb #64c20f41
 class LogHistogram:
-    "Counts positive numbers as they pass: moments are exact, quantiles good to half a percent."
+    "Counts of positive numbers in logarithmic bins: moments are exact, quantiles accurate to half a percent."
     edges = np.logspace(-14, 6, 20*400+1)
 
     def __init__(self):
@@ -64,7 +66,7 @@ class LogHistogram:
         self.n, self.sums, self.largest = 0, np.zeros(4), 0.
 
     def add(self, values):
-        "Count some more."
+        "Count more values; returns self."
         v = np.asarray(values, dtype=np.float64).ravel()
         bins = np.ceil((np.log10(np.maximum(v, 1e-30))+14)*400).clip(0, len(self.edges)).astype(np.int64)
         self.counts += np.bincount(bins, minlength=len(self.counts))
@@ -85,20 +87,20 @@ class LogHistogram:
     @property
     def kurtosis(self): return self.moment(4)/self.moment(2)**2 - 3  # 0 for a Gaussian
 
-    def below(self, x):
+    def cdf(self, x):
         "Share of values up to x."
         return np.interp(x, self.edges, self.counts[:-1].cumsum()/self.n)
 
     def quantile(self, q):
-        "Value with a share of q below it."
+        "The value with a share of q below it."
         return np.interp(q, self.counts[:-1].cumsum()/self.n, self.edges)
 
     def density(self, edges):
-        "Share of values in each bin over its width."
-        return np.diff(self.below(edges))/np.diff(edges)
+        "Share of values in each bin over the bin's width."
+        return np.diff(self.cdf(edges))/np.diff(edges)
 
     def tail_index(self, share:float=.01):
-        "Hill's estimate from the largest `share`: mean log excess over its threshold; the larger, the longer the tail."
+        "Hill's estimate from the largest `share` of the values: mean log excess over their threshold."
         u = self.quantile(1-share)
         middle = np.sqrt(self.edges[1:]*self.edges[:-1])
         above = np.where(middle > u, self.counts[1:-1], 0)
@@ -106,34 +108,40 @@ class LogHistogram:
 
 # %% ../nbs/45_losses.ipynb #3f134f17
 def open_images(source, indices)->Iterator[Tensor]:
-    "Images one after the other; one that cannot be decoded is left out."
+    "Yield images one after the other; skip, with a warning, those that cannot be decoded."
     for i in indices:
         try: yield source.image(int(i))
         except BadImage as e: warn_skipped(str(e))
 
-def sample_indices(source, images:int|None, seed:int=0)->np.ndarray:
-    "Indices of `images` images drawn at random, in order; all when there are not so many."
+def sample_indices(
+    source,        # images, see `open_source`
+    images=None,   # a number: so many, drawn at random; a list or array: these; None: all
+    seed:int=0,    # of the draw
+)->np.ndarray:
+    "Indices of images of a source, in order."
+    if images is not None and np.ndim(images): return np.asarray(images)
     n = len(source)
     if images is not None and images < 1: raise ValueError(f"images should be 1 or more, not {images}")
-    return np.arange(n) if images is None or images >= n else np.sort(np.random.default_rng(seed).choice(n, images, replace=False))
+    if images is None or images >= n: return np.arange(n)
+    return np.sort(np.random.default_rng(seed).choice(n, images, replace=False))
 
 def check_finite(losses:Tensor):
-    "Refuse losses that say nothing."
-    if not losses.isfinite().all(): raise ValueError("losses are not finite: the run's weights, or its images, hold values that are no numbers")
+    "Raise ValueError where a loss is NaN or infinite."
+    if not losses.isfinite().all():
+        raise ValueError("losses are not finite: the run's weights, or its images, hold values that are no numbers")
 
 def loss_values(
-    jepa:JEPA,
-    source,
-    cfg:Config,
-    images:int|None=None, # how many, drawn at random; None is all
-    repeats:int=1,        # times each image is shown, with other sizes and masks
-    seed:int=0,
-    progress=None,
-)->tuple[LogHistogram,LogHistogram]:    # of every token and channel, and of tokens (mean over channels)
+    jepa:JEPA,            # encoder, teacher and predictor
+    source,               # images, see `open_source`
+    cfg:Config,           # how images are scaled, split and packed
+    images=None,          # which, see `sample_indices`
+    repeats:int=1,        # times each image is used, with other sizes and masks
+    seed:int=0,           # of the draw of images, of sizes and of masks
+    progress=None,        # text of a progress bar; None shows none
+)->tuple[LogHistogram,LogHistogram]: # of every token and channel; of tokens (mean over channels)
     "The distribution of losses on images scaled, masked and packed as in training (FN §4, Fig. 1)."
-    ids, values, tokens = sample_indices(source, images, seed), LogHistogram(), LogHistogram()
     if repeats < 1: raise ValueError(f"repeats should be 1 or more, not {repeats}")
-    ids = np.tile(ids, repeats)
+    ids, values, tokens = np.tile(sample_indices(source, images, seed), repeats), LogHistogram(), LogHistogram()
     for losses in token_losses(jepa, open_images(source, ids), cfg, seed, len(ids), progress):
         check_finite(losses.value)
         values.add(losses.value)
@@ -142,130 +150,194 @@ def loss_values(
 
 # %% ../nbs/45_losses.ipynb #9e8c2686
 class Masks(NamedTuple):
-    "Random masks of one grid of patches, and what the predictor's copies keep of each."
+    "Random masks of one grid of patches, and the predictor rows made of each."
     context:Tensor # [m c] patches, window by window; -1 is padding
     target:Tensor  # [m t]
-    copies:PredictorRows  # of the m masks
+    copies:PredictorRows # repeats of the m masks, with what each keeps
+
+def window_order(
+    grid:tuple[int,int], # patches down and across
+    window:int,          # patches per window side
+    m:int,               # number of orders
+    rng:np.random.Generator, # randomness
+    offsets=None,        # [m 2] patches by which the windows are moved, around the border; None: not at all
+)->np.ndarray:           # [m n w*w] patches of each window
+    "The windows of a grid in m random orders, each as the ids of its patches."
+    y, x = grid
+    ids = window_ids(tuple(grid), window)                # [n w*w]
+    order = ids[rng.random((m, len(ids))).argsort(1)]
+    if offsets is None: return order
+    dy, dx = np.asarray(offsets).T[..., None, None]
+    return (order//x + dy)%y*x + (order%x + dx)%x
 
 def draw_masks(
     grid:tuple[int,int], # patches down and across
     cfg:Config,          # its masks, slots and objective
-    m:int,               # how many
-    rng:np.random.Generator,
-    offsets=None,        # [m 2] patches by which each mask's windows are moved down and across, around the border; None: as in training
+    m:int,               # number of masks
+    rng:np.random.Generator, # randomness
+    offsets=None,        # [m 2] patches by which each mask's windows are moved, around the border; None: as in training
 )->Masks:
-    "Context, targets and what is dropped, as in training (FN §3.1 step 3, §3.2.2)."
+    "Draw contexts, targets and what the predictor drops, as in training (FN §3.1 step 3, §3.2.2)."
     if cfg.masks.kind != 'window': raise ValueError(f"a loss map needs masks of windows, not {cfg.masks.kind}")
-    (y, x), w, o = grid, cfg.masks.window, cfg.objective
-    ids = window_ids(tuple(grid), w)                                                # [n w*w]
-    lo, hi = context_range(len(ids), cfg.masks, cfg.pack.context)
+    w, o = cfg.masks.window, cfg.objective
+    n = grid[0]*grid[1]//w**2
+    lo, hi = context_range(n, cfg.masks, cfg.pack.context)
     n_keep = lo + (rng.random(m)*(hi-lo+1)).astype(int)
-    order = ids[rng.random((m, len(ids))).argsort(1)]                               # [m n w*w]
-    if offsets is not None:
-        dy, dx = np.asarray(offsets).T[..., None, None]
-        order = (order//x + dy)%y*x + (order%x + dx)%x
-    is_kept = (np.arange(len(ids)) < n_keep[:, None])[..., None]
-    context, target = (torch.from_numpy(np.where(k, order, -1)) for k in (is_kept, ~is_kept))
-    context, target = context[:, :hi].flatten(1), target[:, lo:].flatten(1)
+    order = window_order(grid, w, m, rng, offsets)
+    is_kept = (np.arange(n) < n_keep[:, None])[..., None]
+    context = torch.from_numpy(np.where(is_kept, order, -1))[:, :hi].flatten(1)
+    target = torch.from_numpy(np.where(~is_kept, order, -1))[:, lo:].flatten(1)
     sample = lambda t: torch.arange(m)[:, None].where(t >= 0, -1)
     g = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    return Masks(context, target, repeat_and_drop(sample(context), sample(target), w, o.repeats, o.keep_context, o.keep_target, o.drop, o.slot_margin, g))
+    rows = repeat_and_drop(sample(context), sample(target), w, o.repeats, o.keep_context, o.keep_target, o.drop,
+                           o.slot_margin, g)
+    return Masks(context, target, rows)
 
 # %% ../nbs/45_losses.ipynb #3e206c66
+def join_rows(
+    parts:list[PredictorRows], # of the masks of each image
+    first:list[int],           # row of the pack at which each image's masks begin
+    device,                    # where the result lies
+)->PredictorRows:
+    "Predictor rows of several images, as indices into one pack."
+    row = torch.cat([p.row+a for p, a in zip(parts, first)])
+    context, target = (torch.cat([getattr(p, k) for p in parts]) for k in ('context', 'target'))
+    return PredictorRows(row.to(device), context.to(device), target.to(device), parts[0].kept)
+
+class MaskedLosses(NamedTuple):
+    "Losses of some images under many masks, one entry for every predicted token."
+    value:Tensor # [s] loss, mean over channels
+    image:Tensor # [s] number of its image
+    mask:Tensor  # [s] number of its mask
+    pos:Tensor   # [s 2] row and column of the patch
+
 @torch.inference_mode()
 def masked_losses(
-    jepa:JEPA,
-    tokens:Tokens,  # [i n p], of whole images of one size
-    truth:Tensor|None, # [i n d] the teacher's features; None: it is asked under every mask, since it is told of the context (EC)
-    masks:list,     # `Masks` of each image
-)->tuple[Tensor,Tensor,Tensor,Tensor]: # [s] loss of each scored token, mean over channels; [s] its image; [s] its mask; [s 2] its place
+    jepa:JEPA,         # encoder, teacher and predictor
+    tokens:Tokens,     # [i n p], of whole images of one size
+    truth:Tensor|None, # [i n d] the teacher's features; None: run the teacher under every mask (EC: it is conditioned)
+    masks:list,        # `Masks` of each image
+)->MaskedLosses:
     "Losses of some images under many masks."
     m, device = [len(k.context) for k in masks], tokens.pos.device
-    first = np.cumsum([0, *m[:-1]]).tolist()
-    of = torch.arange(len(masks)).repeat_interleave(torch.tensor(m)).to(device)   # image of each row
+    image = torch.arange(len(masks)).repeat_interleave(torch.tensor(m)).to(device)   # of each row
     mask = torch.cat([torch.arange(k) for k in m]).to(device)
-    cat = lambda name: torch.cat([getattr(k, name) for k in masks]).to(device)
-    context, target, parts = cat('context'), cat('target'), [k.copies for k in masks]
-    copies = PredictorRows(torch.cat([c.row+a for c, a in zip(parts, first)]).to(device), *(torch.cat(t).to(device) for t in zip(*(c[1:3] for c in parts))), parts[0].kept)
-    rows = Tokens(tokens.x[of], tokens.pos[of], torch.arange(len(of), device=device)[:, None].expand(-1, tokens.pos.shape[1]))
-    known = None if truth is None else truth[of[:, None], target.clamp(min=0)]
-    out = jepa.predict(Pack(rows, context, target, target.clamp(max=0)), torch.Generator(of.device).manual_seed(0), truth=known, copies=copies)
-    row, pos = out.sample[out.is_scored], out.pos[out.is_scored].long()
+    context, target = (torch.cat([getattr(k, name) for k in masks]).to(device) for name in ('context', 'target'))
+    copies = join_rows([k.copies for k in masks], np.cumsum([0, *m[:-1]]).tolist(), device)
+    sample = torch.arange(len(image), device=device)[:, None].expand(-1, tokens.pos.shape[1])
+    pack = Pack(Tokens(tokens.x[image], tokens.pos[image], sample), context, target, target.clamp(max=0))
+    known = None if truth is None else truth[image[:, None], target.clamp(min=0)]
+    out = jepa.predict(pack, torch.Generator(image.device).manual_seed(0), truth=known, copies=copies)
     value = F.smooth_l1_loss(out.pred.float(), out.target.float(), reduction='none')[out.is_scored].mean(1)
-    return value, of[row], mask[row], pos
+    row = out.sample[out.is_scored]
+    return MaskedLosses(value, image[row], mask[row], out.pos[out.is_scored].long())
 
 def all_target_features(
     jepa:JEPA,
     tokens:Tokens, # [i n p]
-)->Tensor|None:    # [i n d]; None: that depends on the context
-    "What every patch would have to be predicted as."
+)->Tensor|None:    # [i n d]; None where the teacher is conditioned on the context
+    "Teacher features of every patch."
     if jepa.teacher.conditioner is not None: return None
     every = torch.arange(tokens.pos.shape[1], device=tokens.pos.device).expand(tokens.pos.shape[:2])
-    with torch.inference_mode(): return encode_targets(jepa, Pack(tokens, every, every, torch.zeros_like(every)))
+    with torch.inference_mode():
+        return encode_targets(jepa, Pack(tokens, every, every, torch.zeros_like(every)))
 
 # %% ../nbs/45_losses.ipynb #a7252571
+class MaskPlan(NamedTuple):
+    "The masks that a loss map averages over."
+    side:int                # patches down and across
+    masks:int               # of each image
+    offsets:list=((0, 0),)  # [s 2] moves of the windows' grid, taken in turn
+    seed:int=0
+
+    def check(self, window:int):
+        "Raise ValueError where windows do not fit the side, or there are no masks."
+        if self.side%window or self.side < 2*window:
+            raise ValueError(f"a map of {self.side}x{self.side} patches is not two or more whole windows of {window} "
+                             "a side")
+        if self.masks < 1: raise ValueError(f"masks of an image should be 1 or more, not {self.masks}")
+
+    def moves(self, start:int, m:int)->np.ndarray: # [m]
+        "The numbers of the offsets of masks start to start+m."
+        return (start + np.arange(m))%len(self.offsets)
+
+    def draw(self,
+        cfg:Config, # its masks, slots and objective
+        index:int,  # of the image in its source
+        start:int,  # number of the first mask
+        m:int,      # how many
+    )->Masks:
+        "Draw some of the masks of an image."
+        rng = np.random.default_rng([self.seed, int(index), start])
+        return draw_masks((self.side, self.side), cfg, m, rng, np.asarray(self.offsets)[self.moves(start, m)])
+
+def sum_losses(
+    losses:MaskedLosses,    # of some images under m masks each
+    move:np.ndarray,        # [m] which offset each mask has
+    shape:tuple,            # (i, s, y, x)
+)->np.ndarray:              # [2 i s y x]
+    "Sums of losses and counts per image, offset and patch."
+    value, image, mask, pos = (t.cpu().numpy() for t in losses)
+    slot = np.ravel_multi_index((image, move[mask], pos[:, 0], pos[:, 1]), shape)
+    sums, counts = (np.bincount(slot, v, np.prod(shape)) for v in (value.astype(np.float64), None))
+    return np.stack([sums, counts]).reshape(2, *shape)
+
 def accumulate_losses(
-    jepa:JEPA,
-    source,
-    cfg:Config,
-    side:int,          # patches down and across
+    jepa:JEPA,         # encoder, teacher and predictor
+    source,            # images, see `open_source`
+    cfg:Config,        # how images are split and packed
     ids,               # [i] which images
-    masks:int,         # of each image
-    offsets,           # [s 2] moves of the windows' grid, taken in turn
-    seed:int=0,
-    progress=None,     # text of a progress bar; it counts masks
-    tokens:int=16_384, # in a pass
+    plan:MaskPlan,     # under which masks
+    progress=None,     # text of a progress bar, which counts masks; None shows none
+    tokens:int=16_384, # in a forward pass
 )->tuple[np.ndarray,np.ndarray,np.ndarray]: # sums of losses and counts [i s y x]; [i] the images that could be decoded
-    "Sums of losses at every place."
-    w, n, s, device, patch = cfg.masks.window, side**2, len(offsets), next(jepa.parameters()).device, cfg.encoder.patch
-    if side%w or side < 2*w: raise ValueError(f"a map of {side}x{side} patches is not two or more whole windows of {w} a side")
-    if masks < 1: raise ValueError(f"masks of an image should be 1 or more, not {masks}")
-    rows = max(1, tokens//n)
-    block, sums, counts, shown = min(masks, rows), [], [], []
-    bar = tqdm(total=len(ids)*masks, desc=progress, unit=' masks', disable=not progress, mininterval=1)
-    for places, images in square_batches(source, ids, side*patch, max(1, rows//masks)):
+    "Sum the losses of every patch over random masks; raises DataError where no image can be decoded."
+    plan.check(cfg.masks.window)
+    side, patch, device = plan.side, cfg.encoder.patch, next(jepa.parameters()).device
+    rows = max(1, tokens//side**2)
+    block, totals, decoded = min(plan.masks, rows), [], []
+    bar = tqdm(total=len(ids)*plan.masks, desc=progress, unit=' masks', disable=not progress, mininterval=1)
+    for places, images in square_batches(source, ids, side*patch, max(1, rows//plan.masks)):
         row = Tokens(*(t.to(device) for t in image_tokens(images, patch)))
-        truth, found = all_target_features(jepa, row), np.zeros((2, len(places)*s*n))
-        for start in range(0, masks, block):
-            m = min(block, masks-start)
-            turn = (start + np.arange(m))%s
-            draw = lambda k: draw_masks((side, side), cfg, m, np.random.default_rng([seed, int(ids[k]), start]), np.asarray(offsets)[turn])
-            told = masked_losses(jepa, row, truth, [draw(k) for k in places])
-            check_finite(told[0])
-            value, image, mask, pos = (t.cpu().numpy() for t in told)
-            at = ((image*s + turn[mask])*side + pos[:, 0])*side + pos[:, 1]
-            found += [np.bincount(at, v, found.shape[1]) for v in (value.astype(np.float64), None)]
+        truth, total = all_target_features(jepa, row), np.zeros((2, len(places), len(plan.offsets), side, side))
+        for start in range(0, plan.masks, block):
+            m = min(block, plan.masks-start)
+            losses = masked_losses(jepa, row, truth, [plan.draw(cfg, ids[k], start, m) for k in places])
+            check_finite(losses.value)
+            total += sum_losses(losses, plan.moves(start, m), total.shape[1:])
             bar.update(m*len(places))
-        a, b = found.reshape(2, len(places), s, side, side)
-        sums.append(a); counts.append(b.astype(np.int64)); shown += [int(ids[k]) for k in places]
+        totals.append(total)
+        decoded += [int(ids[k]) for k in places]
     bar.close()
-    if not shown: raise DataError(f"no image of {source.name} could be decoded")
-    return np.concatenate(sums), np.concatenate(counts), np.array(shown)
+    if not decoded: raise DataError(f"no image of {source.name} could be decoded")
+    sums, counts = np.concatenate(totals, 1)
+    return sums, counts.astype(np.int64), np.array(decoded)
 
 # %% ../nbs/45_losses.ipynb #d92ce8a9
 class LossMap(NamedTuple):
     "Mean loss per patch."
     mean:np.ndarray   # [y x] over all images
-    maps:np.ndarray   # [i y x] per image, NaN where a patch was never scored
-    counts:np.ndarray # [i y x] how often it was scored
+    maps:np.ndarray   # [i y x] per image, NaN where a patch was never a target
+    counts:np.ndarray # [i y x] how often it was a target
     index:np.ndarray  # [i] which images of the source
 
     @property
     def sums(self): return np.where(self.counts, self.maps, 0)*self.counts
 
 def mean_loss_map(
-    jepa:JEPA,
-    source,
+    jepa:JEPA,            # encoder, teacher and predictor
+    source,               # images, see `open_source`
     cfg:Config,           # how images are split and packed
     side:int|None=None,   # patches down and across; None is the recipe's largest
-    images:int|None=None, # how many, drawn at random; None is all
+    images=None,          # which, see `sample_indices`
     repeats:int=8,        # masks per image
-    seed:int=0,
-    progress=None,
-    indices=None,         # which images, instead of drawn ones
+    seed:int=0,           # of the draw of images, and of masks
+    progress=None,        # text of a progress bar; None shows none
 )->LossMap:
-    "Loss at every place of square images, over random masks (FN Fig. 2, 3)."
-    ids = sample_indices(source, images, seed) if indices is None else np.asarray(indices)
-    sums, counts, shown = accumulate_losses(jepa, source, cfg, side or cfg.scale.max_side, ids, repeats, [(0, 0)], seed, progress)
+    "Mean loss of every patch of square images, over random masks (FN Fig. 2, 3)."
+    plan = MaskPlan(side or cfg.scale.max_side, repeats, seed=seed)
+    ids = sample_indices(source, images, seed)
+    sums, counts, index = accumulate_losses(jepa, source, cfg, ids, plan, progress)
     sums, counts = sums[:, 0], counts[:, 0]
-    return LossMap(sums.sum(0)/np.maximum(counts.sum(0), 1), np.where(counts, sums/np.maximum(counts, 1), np.nan), counts, shown)
+    maps = np.where(counts, sums/np.maximum(counts, 1), np.nan)
+    return LossMap(sums.sum(0)/np.maximum(counts.sum(0), 1), maps, counts, index)

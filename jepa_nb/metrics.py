@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from .conditioning import counts_in_mean, inference_conditioning
 from .config import Config
+from .features import features
 from .images import BadImage, DataError
 from .jepa import JEPA, encode_targets, gather_tokens
 from .loader import loader, pack_for_evaluation, planned_split, render_view
 from .packing import PLAN, Pack, PlannedImage, plan_image, uniforms
 from .masks import Split
-from .patches import Tokens, centre_crop, resize
+from .patches import Tokens, center_crop, resize
 from .streams import Stream
 
 # %% ../nbs/31_metrics.ipynb #fe3269f9
@@ -140,15 +141,14 @@ def pooled_features(
                     # None: a conditioned encoder receives the positions of the whole image
 )->Tensor:          # [i d]
     "Mean feature of each image, after the output norm."
+    if contexts is None: return features(encoder, images, [len(encoder.blocks)], 'after')[:, 0]
     device, conditioner, in_mean = next(encoder.parameters()).device, encoder.conditioner, counts_in_mean(encoder)
     tokens = Tokens(*(t.to(device) for t in pack_for_evaluation(images, encoder.patch, 'alone')))
-    extra = inference_conditioning(encoder, tokens)
-    if contexts is not None:
-        ids = pad_lists(contexts).to(device)
-        if conditioner is not None and targets is not None:
-            pack = Pack(tokens, ids, *(t.to(device) for t in pad_blocks(targets)))
-            extra = conditioner.targets(pack, torch.Generator(device).manual_seed(0))
-        tokens = gather_tokens(tokens, ids)
+    ids, extra = pad_lists(contexts).to(device), inference_conditioning(encoder, tokens)
+    if conditioner is not None and targets is not None:
+        pack = Pack(tokens, ids, *(t.to(device) for t in pad_blocks(targets)))
+        extra = conditioner.targets(pack, torch.Generator(device).manual_seed(0))
+    tokens = gather_tokens(tokens, ids)
     z, _ = encoder.features(tokens, extra=extra, keep_extra=in_mean) # zero at padding
     sample = tokens.sample if extra is None or not in_mean else torch.cat((tokens.sample, extra.sample), 1)
     return z.sum(1)/(sample >= 0).sum(1, keepdim=True)
@@ -251,7 +251,7 @@ def square_features(
 )->Iterator[Tensor]: # [b d]
     "Mean features of central squares, the images of a probe."
     images = iter(images)
-    def squares(): return [resize(centre_crop(image), (side, side)) for _, image in islice(images, batch)]
+    def squares(): return [resize(center_crop(image), (side, side)) for _, image in islice(images, batch)]
     while group := squares(): yield pooled_features(teacher, group)
 
 # %% ../nbs/31_metrics.ipynb #46dd5ca8

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .layers import Block, TokenLayout, apply_norm, token_layout, rope2d, sincos2d, sincos_table
 from .moe import mlp as make_mlp
 from .norms import RunningNorm, norm
-from .patches import Tokens, positions, to_imagenet, to_unit
+from .patches import Tokens, positions, normalize_pixels, scale_pixels
 
 # %% ../nbs/23_model.ipynb #2a4fc105
 def _mean(losses)->Tensor|None:
@@ -66,7 +66,7 @@ def add_positions(
     pos, (rows, columns) = pos.long(), model.pos_embed.shape[:2]
     if pos.device.type == 'cpu' and len(pos) and (pos.amax(0) >= torch.tensor([rows, columns])).any():
         raise ValueError(f"position embeddings are for {rows}x{columns} patches; "
-                         f"a larger image needs `interpolate_pos_embed` (`jepa_nb eval --stretch`)")
+                         f"a larger image needs `interpolate_pos_embed` (`eval.stretch=true`)")
     return x + F.embedding(pos[..., 0]*columns + pos[..., 1], model.pos_embed.flatten(0, 1)), None
 
 class Encoder(nn.Module):
@@ -108,11 +108,12 @@ class Encoder(nn.Module):
     )->tuple[list[Tensor],TokenLayout,Tensor|None]: # flat [n d] of the last or of all depths; layout; auxiliary loss
         "Patch embedding, positions and blocks: all of the encoder before its output norm."
         if tokens.x.shape[-1] != 3*self.patch**2:
-            raise ValueError(f"patches have {tokens.x.shape[-1]} values, this encoder takes 3*{self.patch}*{self.patch}")
+            raise ValueError(f"patches have {tokens.x.shape[-1]} values, this encoder takes "
+                             f"3*{self.patch}*{self.patch}")
         lay = token_layout(tokens.sample, form)
         x = lay.flat(tokens.x)
-        if x.dtype == torch.uint8: x = to_unit(x, 'bfloat16' if self.pixels == 'unit_bfloat16' else 'float32')
-        x = self.embed(to_imagenet(x) if self.pixels == 'imagenet' else x)
+        if x.dtype == torch.uint8: x = scale_pixels(x, 'bfloat16' if self.pixels == 'unit_bfloat16' else 'float32')
+        x = self.embed(normalize_pixels(x) if self.pixels == 'imagenet' else x)
         if extra is None or not extra.sample.shape[1]:
             x, rope = add_positions(x, lay.flat(tokens.pos), self)
             hidden, loss = run_blocks(self, x, rope, lay, keep)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .images import DataError
 from .masks import Split, check_blocks, context_range, context_windows, multiblock_splits, reference_splits
-from .patches import CROP_TRIES, Tokens, crop_box, scaled_size, side_at
+from .patches import CROP_TRIES, Tokens, crop_box, scaled_size, side_from_uniform
 from .recipes import ConfigError
 
 # %% ../nbs/17_packing.ipynb #e178f943
@@ -124,7 +124,7 @@ def plan_size(
     if scale.kind == 'crop':
         u_crop = uniforms(seed, CROP, draw//cfg.masks.contexts, 2*CROP_TRIES+2).tolist()
         return (scale.max_side*p,)*2, crop_box(size, u_crop, scale.crop_area, scale.crop_aspect)
-    side = side_at(size, u, scale.min_side*p, scale.max_side*p)
+    side = side_from_uniform(size, u, scale.min_side*p, scale.max_side*p)
     return scaled_size(size, side, p, cfg.masks.tile, scale.max_side, scale.rounding), None
 
 def plan_image(

@@ -1,17 +1,22 @@
 """Pictures of the report's pages as a browser shows them, wide and on a phone.
 
-python tests/look_at_report.py FOLDER [REPORT]     PNGs of the first screens at 1280 and 390 px; REPORT is report/ where it is not given"""
+python tests/look_at_report.py FOLDER [REPORT]
+
+FOLDER gets PNGs of the first screens at 1280 and 390 px; REPORT: report/ by default"""
 import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 SIZES = {1280: 800, 390: 844} # width: height, of a laptop and of a phone
-PAGES = ('index', 'claims', 'results/index', 'results/fn_table1', 'results/fn_energy', 'nbs/index', 'nbs/20_norms', 'nbs/figures/fn_table1', 'api/masks', 'cli', 'use')
-FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
+PAGES = ('index', 'claims', 'results/index', 'results/fn_table1', 'results/fn_energy', 'nbs/index', 'nbs/20_norms',
+         'nbs/figures/fn_table1', 'api/masks', 'cli', 'use')
+FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+         '--disable-component-update', '--disable-sync']
 
 
-def browser_path(): return next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
+def browser_path():
+    return next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
 
 
 @contextmanager
@@ -36,7 +41,8 @@ def main(folder, report='report'):
                 page.goto(f'file://{report}/{name}.html')
                 page.screenshot(path=folder/f"{name.replace('/', '-')}-{width}.png", full_page=name == 'index')
                 if name != 'claims': continue
-                for d in page.query_selector_all('details.claim')[4:5]: d.evaluate('d => { d.open = true; d.scrollIntoView() }')
+                for d in page.query_selector_all('details.claim')[4:5]:
+                    d.evaluate('d => { d.open = true; d.scrollIntoView() }')
                 page.wait_for_timeout(800) # the theme scrolls smoothly
                 page.screenshot(path=folder/f'claims-open-{width}.png')
             page.close()

@@ -1,6 +1,7 @@
 """Stands in for `jepa_nb.cli` in test_graph.py: writes what a job would write, in no time.
 
-A run goes on from where it was killed, like a real one, and leaves the number of its process in the run folder at every step."""
+A run goes on from where it was killed, like a real one, and writes the number of its process into the run folder at
+every step."""
 import json
 import os
 import sys
@@ -19,10 +20,12 @@ if verb == 'data':
     out, split, images = Path(words[1]), given['--split'], int(given['--images'])
     out.mkdir(parents=True, exist_ok=True)
     for k in range(-(-images//1000)): (out/f'{split}-{k:06d}.tar').write_text(' '.join(words))
-elif (fails := os.environ.get('STUB_FAILS')) and fails in ' '.join([verb, *words]): sys.exit('\n'.join(f'line {k}' for k in range(20)))
+elif (fails := os.environ.get('STUB_FAILS')) and fails in ' '.join([verb, *words]):
+    sys.exit('\n'.join(f'line {k}' for k in range(20)))
 elif verb == 'train':
     out, steps = Path(given['--out']), int(os.environ.get('STUB_STEPS', 1))
-    if '--from' in given and not Path(given['--from']).parents[1].joinpath('done.json').exists(): sys.exit(f"{given['--from']}: not there yet")
+    start = given.get('--from')
+    if start and not (Path(start).parents[1]/'done.json').exists(): sys.exit(f'{start}: not there yet')
     out.mkdir(parents=True, exist_ok=True)
     done = len((out/'steps').read_text().split()) if (out/'steps').exists() else 0
     for _ in range(done, steps):
@@ -31,13 +34,16 @@ elif verb == 'train':
     (out/'done.json').write_text('{}')
 elif verb == 'eval':
     Path(given['--out']).parent.mkdir(parents=True, exist_ok=True)
-    if '--sets' in given: names = [k for k in yaml.safe_load(Path(given['--sets']).read_text())['ood'] if k != 'runs']
+    if '--sets' in given: names = list(yaml.safe_load(given['--sets']))
     else: names = [b.replace(',', '-') for a, b in zip(words, words[1:]) if a == '--condition'] or ['probe']
-    for name in names: Path(given['--out'].replace('{set}', name).replace('{condition}', name)).write_text(json.dumps(FOUND | dict(words=' '.join(words))))
+    for name in names:
+        path = Path(given['--out'].replace('{set}', name).replace('{condition}', name))
+        path.write_text(json.dumps(FOUND | dict(words=' '.join(words))))
 elif verb in ('depth', 'ranks'):
     out = Path(given['--out'])
     out.parent.mkdir(parents=True, exist_ok=True)
-    for s in ('.json', '.safetensors') if verb == 'depth' else ('.json',): out.with_suffix(s).write_text(json.dumps(FOUND | dict(words=' '.join(words))))
+    for s in ('.json', '.safetensors') if verb == 'depth' else ('.json',):
+        out.with_suffix(s).write_text(json.dumps(FOUND | dict(words=' '.join(words))))
     if verb == 'depth':
         import numpy as np
         np.savez(out.with_suffix('.npz'), index=np.arange(4), rmse_oracle=np.ones(4), constant_rmse_oracle=np.ones(4))

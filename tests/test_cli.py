@@ -12,7 +12,8 @@ RECIPE = 'params/train/fn_tiny_dyntanh.yaml'
 
 
 def jepa_nb(*words, cwd=ROOT, **env):
-    return subprocess.run([sys.executable, '-m', 'jepa_nb.cli', *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=120, env=os.environ | env)
+    return subprocess.run([sys.executable, '-m', 'jepa_nb.cli', *map(str, words)], cwd=cwd, capture_output=True,
+                          text=True, timeout=120, env=os.environ | env)
 
 
 @pytest.mark.parametrize('words, code, names', [
@@ -24,7 +25,8 @@ def jepa_nb(*words, cwd=ROOT, **env):
     (['train', RECIPE, 'masks.window=0'], 1, 'masks.window'),
     (['train', RECIPE, 'encoder.norm_out=dintanh'], 1, 'dintanh'),
     (['train', RECIPE, 'run.steps'], 1, 'name=value'),
-    (['train', RECIPE, 'data.kind=shards', 'data.path=nowhere/train-*.tar', '--out', '{tmp}/run'], 1, 'nowhere/train-*.tar'),
+    (['train', RECIPE, 'data.kind=shards', 'data.path=nowhere/train-*.tar', '--out', '{tmp}/run'], 1,
+     'nowhere/train-*.tar'),
     (['train', RECIPE, 'data.kind=folder', 'data.path={tmp}', '--out', '{tmp}/run'], 1, '{tmp}'),
     (['train', RECIPE, '--from', '{tmp}/nothing', '--out', '{tmp}/run'], 1, '{tmp}/nothing'),
     (['train', RECIPE, 'run.rank_every=30'], 1, 'rank_every 30 is not a multiple of log_every 20'),
@@ -41,19 +43,32 @@ def jepa_nb(*words, cwd=ROOT, **env):
     (['data', 'food101', '{tmp}/out', '--from', '{tmp}'], 1, 'food-101.tar.gz'),
     (['data', 'eurosat', '{tmp}/out', '--from', '{tmp}/nothing'], 1, '{tmp}/nothing: no such file or folder'),
     (['data', 'sun397'], 2, '--from'),
-    (['eval', RECIPE, '--protocol', 'odd_step'], 2, 'ood_step'),
+    (['eval', RECIPE, 'eval.protocol=odd_step'], 1,
+     "eval.protocol: should be 'lbfgs', 'adam', 'in1k', 'ood_step' or 'ood_cosine', not 'odd_step'"),
+    (['eval', RECIPE, 'eval.sied=64'], 1, 'eval.sied: no such setting, did you mean eval.side?'),
+    (['eval', RECIPE, 'eval.protocol=in1k', 'eval.layers=all'], 1, 'layers=all contradicts protocol=in1k'),
+    (['eval', RECIPE, 'eval.authors_code=true', 'eval.protocol=in1k'], 1,
+     'protocol=in1k contradicts authors_code=true'),
+    (['eval', RECIPE, 'eval.epochs=3'], 1, 'epochs=3 contradicts protocol=lbfgs'),
+    (['eval', RECIPE, '--side', '64'], 2, '--side: is a setting, eval.side=VALUE'),
+    (['ranks', '{tmp}', '--lidar-views', '64'], 2, '--lidar-views: is a setting, ranks.lidar_views=VALUE'),
+    (['ranks', '{tmp}/nothing', 'ranks.lidar_views=1'], 1, 'ranks.lidar_views: should be greater than or equal to 2'),
     (['eval', RECIPE, '--set', 'count'], 1, '--sets FILE'),
-    (['eval', RECIPE, '--sets', 'params/smoke.yaml', '--target', 'count', '--out', '{tmp}/x'], 1, '--target: with --sets'),
+    (['eval', RECIPE, '--sets', '{{a: {{target: count, cuts: scenes}}}}', '--out', '{tmp}/{{set}}'], 1,
+     '--sets: a.cuts=scenes contradicts target=count'),
     (['eval', RECIPE, '--sets', 'params/smoke.yaml', '--out', '{tmp}/x'], 1, 'needs {{set}} in it'),
     (['eval', RECIPE, '--sets', 'params/smoke.yaml', '--set', 'cuont'], 1, 'did you mean count?'),
     (['eval', RECIPE, '--condition', '4x4'], 2, 'kernel and stride in patches would do'),
     (['eval', RECIPE, '--condition', '4,4', '--condition', 'off', '--out', '{tmp}/x'], 1, 'needs {{condition}} in it'),
-    (['eval', RECIPE, '--sets', 'params/smoke.yaml', '--condition', 'off', '--out', '{tmp}/x'], 1, '--condition: with --sets'),
-    (['ship', '{tmp}/nothing', '{tmp}/out'], 1, '{tmp}/nothing'),
+    (['eval', RECIPE, '--sets', 'params/smoke.yaml', '--condition', 'off', '--out', '{tmp}/x'], 1,
+     '--condition: with --sets'),
+    (['eval', RECIPE, 'eval.condition=off', '--condition', '4,4', '--out', '{tmp}/x'], 1, 'one of the two'),
+    (['export', '{tmp}/nothing', '{tmp}/out'], 1, '{tmp}/nothing'),
     (['train', RECIPE, 'optim.lr=.inf'], 1, 'optim.lr: should be a finite number'),
     (['train', RECIPE, 'run.seed=99999999999999999999'], 1, 'run.seed: should be less than'),
-    (['train', RECIPE, 'data.kind=shards', 'data.path={tmp}/train-{{0..', '--out', '{tmp}/run'], 1, 'a brace is not closed'),
-    (['eval', RECIPE, '--train-images', '1'], 2, '--train-images'),
+    (['train', RECIPE, 'data.kind=shards', 'data.path={tmp}/train-{{0..', '--out', '{tmp}/run'], 1,
+     'a brace is not closed'),
+    (['eval', RECIPE, 'eval.train_images=1'], 1, 'eval.train_images: should be greater than or equal to 20'),
     (['reproduce', '--tier', 'small', '--data', '{tmp}'], 1, 'data.train: there is no {tmp}/cifar10'),
     (['reproduce', '--tier', 'smoke', '--cores', '0'], 2, '--cores'),
     (['convert', '{tmp}/nothing.pth.tar', '{tmp}/out'], 1, '{tmp}/nothing.pth.tar: no such file or folder'),
@@ -66,9 +81,10 @@ def jepa_nb(*words, cwd=ROOT, **env):
     (['reproduce', '--tier', 'quik'], 1, 'did you mean quick?'),
     (['figure', 'fn_fig2_loss_maps', '-p', 'ln', '[a'], 1, "ln: '[a' is not YAML"),
     (['figure', 'fn_fig2_loss_maps', '-p', 'images', '-3'], 1, 'images should be 1 or more, not -3'),
-    (['figure', 'fn_fig2_loss_maps', '-p', 'masks', 'many'], 1, "masks should be a whole number, such as 60, not 'many'"),
+    (['figure', 'fn_fig2_loss_maps', '-p', 'masks', 'many'], 1,
+     "masks should be a whole number, such as 60, not 'many'"),
     (['train', RECIPE, 'run.steps=true', '--out', '{tmp}/run'], 1, 'run.steps: should be a number, not true'),
-    (['eval', RECIPE, '--side', '100000'], 2, '--side'),
+    (['eval', RECIPE, 'eval.side=100000'], 1, 'eval.side: should be less than or equal to 4096'),
     (['data', 'scenes', '{tmp}/x', '--images', '0'], 2, '0 is not in the range x>=1'),
 ], ids=lambda v: ' '.join(map(str, v)) if isinstance(v, list) else '')
 def test_refusal(words, code, names, tmp_path):
@@ -79,7 +95,8 @@ def test_refusal(words, code, names, tmp_path):
     assert not (tmp_path/'run'/'checkpoints').exists()
 
 
-@pytest.mark.parametrize('words', ([], ['train'], ['eval'], ['depth'], ['ranks'], ['figure'], ['data'], ['data', 'scenes'], ['convert'], ['reproduce']), ids=' '.join)
+@pytest.mark.parametrize('words', ([], ['train'], ['eval'], ['depth'], ['ranks'], ['figure'], ['data'],
+                                   ['data', 'scenes'], ['convert'], ['reproduce']), ids=' '.join)
 def test_help(words):
     r = jepa_nb(*words, '--help')
     assert r.returncode == 0 and 'Usage: jepa_nb' in r.stdout
@@ -96,7 +113,8 @@ def test_figure_refuses_unknown_parameter(stem, tmp_path):
 
 
 def test_figure_without_checkpoint(tmp_path):
-    r = jepa_nb('figure', 'fn_fig1_loss_distribution', '-p', 'ln', f'[{tmp_path}/nothing]', '-p', 'dyntanh', f'[{tmp_path}/nothing]', '--out', tmp_path/'f')
+    r = jepa_nb('figure', 'fn_fig1_loss_distribution', '-p', 'ln', f'[{tmp_path}/nothing]', '-p', 'dyntanh',
+                f'[{tmp_path}/nothing]', '--out', tmp_path/'f')
     assert r.returncode == 1 and 'nothing: no checkpoint' in r.stderr and len(r.stderr.splitlines()) == 1, r.stderr
     assert not (tmp_path/'f.png').exists()
 
@@ -108,7 +126,8 @@ def test_figure_without_checkpoint(tmp_path):
     (lambda t: t['ood'].update(count=dict(traget='count')), 'did you mean ood.count.target?'),
     (lambda t: t['runs']['fn_ln'].update(recipe='nowhere.yaml'), 'nowhere.yaml: no such recipe'),
     (lambda t: t['depth']['main'].update(stesp=3), 'did you mean depth.main.steps?'),
-    (lambda t: t['figures']['fn_fig5_context_target'].setdefault('params', {}).update(imags=3), 'imags: no such parameter'),
+    (lambda t: t['figures']['fn_fig5_context_target'].setdefault('params', {}).update(imags=3),
+     'imags: no such parameter'),
     (lambda t: t['runs']['fn_drawn_resumed'].update(resumes=dict(run='fn_drawn', step=7)), 'run.keep_at=[4, 8]'),
     (lambda t: t['runs']['fn_drawn_resumed'].update(resumes=dict(run='fn_darwn', step=8)), 'did you mean fn_drawn?'),
     (lambda t: t['runs']['fn_drawn_resumed'].update(seeds=[0, 1]), 'has no seed 1'),
@@ -118,8 +137,11 @@ def test_figure_without_checkpoint(tmp_path):
     (lambda t: t['runs']['fn_ln'].update(seeds=3), 'seeds should be a list'),
     (lambda t: t['runs']['fn_ln'].update(settings=None), 'should be a mapping'),
     (lambda t: t['figures']['fn_fig5_context_target'].update(params=None), 'should be a mapping'),
-    (lambda t: t['figures']['fn_fig5_context_target'].setdefault('params', {}).update(images=True), 'images should be a whole number'),
-], ids=['setting', 'value', 'entry', 'data set', 'recipe', 'depth head', 'figure parameter', 'resumed step', 'resumed run', 'resumed seed', 'evaluation', 'ranks', 'images', 'seeds', 'no settings', 'no params', 'parameter value'])
+    (lambda t: t['figures']['fn_fig5_context_target'].setdefault('params', {}).update(images=True),
+     'images should be a whole number'),
+], ids=['setting', 'value', 'entry', 'data set', 'recipe', 'depth head', 'figure parameter', 'resumed step',
+        'resumed run', 'resumed seed', 'evaluation', 'ranks', 'images', 'seeds', 'no settings', 'no params',
+        'parameter value'])
 def test_tier_is_checked_before_anything_starts(tmp_path, change, names):
     shutil.copytree(ROOT/'nbs/figures', tmp_path/'nbs/figures')
     shutil.copytree(ROOT/'params', tmp_path/'params')
@@ -128,5 +150,6 @@ def test_tier_is_checked_before_anything_starts(tmp_path, change, names):
     change(tier)
     file.write_text(yaml.safe_dump(tier))
     r = jepa_nb('reproduce', '--tier', 'smoke', cwd=tmp_path)
-    assert r.returncode == 1 and names in r.stderr and 'params/smoke.yaml' in r.stderr and len(r.stderr.splitlines()) == 1, r.stderr
+    assert r.returncode == 1 and names in r.stderr, r.stderr
+    assert 'params/smoke.yaml' in r.stderr and len(r.stderr.splitlines()) == 1, r.stderr
     assert not (tmp_path/'runs').exists()

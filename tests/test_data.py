@@ -1,4 +1,4 @@
-"What 11_data cannot say about itself: damage, workers, servers, interruptions."
+"Images, shards, sources, streams and their writers: damage, workers, servers, interruptions."
 import gzip
 import http.server
 import io
@@ -15,15 +15,17 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import jepa_nb.data as data
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from jepa_nb.images import BadImage, DataError, decode, image_size
-from jepa_nb.sets import shards_from_cifar10
+import jepa_nb.images as images
+import jepa_nb.shards as shards
+import jepa_nb.writing as writing
+from jepa_nb.images import BadImage, DataError, image_size, to_rgb
+from jepa_nb.sets import file_md5, shards_from_cifar10
 from jepa_nb.shards import plain_tar, shard_index, write_shard, write_shards
 from jepa_nb.sources import open_source
 from jepa_nb.streams import Stream
@@ -37,8 +39,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture(params=[True, False], ids=['simplejpeg', 'pillow'])
 def either(request, monkeypatch):
     "With and without the optional decoder."
-    if request.param and data.simplejpeg is None: pytest.skip('simplejpeg is not installed')
-    if not request.param: monkeypatch.setattr(data, 'simplejpeg', None)
+    if request.param and images.simplejpeg is None: pytest.skip('simplejpeg is not installed')
+    if not request.param: monkeypatch.setattr(images, 'simplejpeg', None)
 
 def picture(h=40, w=56, seed=0):
     "Something smooth, as a photograph is."
@@ -50,7 +52,8 @@ def file(kind='jpeg', image=None, **kw):
     (image or picture()).save(f, kind, **kw)
     return f.getvalue()
 
-def samples(n, start=0, **kw): return [dict(key=f's{i:04d}', jpg=file(image=picture(seed=i)), cls=i%10) for i in range(start, start+n)]
+def samples(n, start=0, **kw): return [dict(key=f's{i:04d}', jpg=file(image=picture(seed=i)), cls=i%10)
+                                       for i in range(start, start+n)]
 
 def quiet(f, *a, **kw):
     with warnings.catch_warnings(record=True) as w:
@@ -60,26 +63,27 @@ def quiet(f, *a, **kw):
 
 # ---- images
 
-@pytest.mark.parametrize('kind,kw', [('jpeg', {}), ('jpeg', dict(progressive=True)), ('png', {}), ('webp', {}), ('webp', dict(lossless=True))])
+@pytest.mark.parametrize('kind,kw', [('jpeg', {}), ('jpeg', dict(progressive=True)), ('png', {}), ('webp', {}),
+                                     ('webp', dict(lossless=True))])
 def test_every_cut_is_refused(either, kind, kw):
     whole = file(kind, **kw)
-    assert decode(whole).shape == (40, 56, 3)
+    assert to_rgb(whole).shape == (40, 56, 3)
     for n in [*range(0, len(whole)-1, 13), len(whole)-1]:
         if kind == 'png' and n >= len(whole)-16: continue  # only the end mark or its checksum is missing
-        with pytest.raises(BadImage, match='^a.tar: k'): decode(whole[:n], 'a.tar: k')
+        with pytest.raises(BadImage, match='^a.tar: k'): to_rgb(whole[:n], 'a.tar: k')
 
 def test_both_decoders_agree(monkeypatch):
-    if data.simplejpeg is None: pytest.skip('simplejpeg is not installed')
+    if images.simplejpeg is None: pytest.skip('simplejpeg is not installed')
     rng = np.random.default_rng(0)
     whole = file(quality=95)
     grey, cmyk = file(image=picture().convert('L')), file(image=picture().convert('CMYK'))
     noisy = [bytearray(whole) for _ in range(60)]
     for b in noisy: b[int(rng.integers(20, len(b)))] ^= int(rng.integers(1, 256))
     def result(b):
-        try: return decode(bytes(b), 'x').tobytes()
+        try: return to_rgb(bytes(b), 'x').numpy().tobytes()
         except BadImage: return None
     fast = [result(b) for b in [whole, grey, cmyk, *noisy]]
-    monkeypatch.setattr(data, 'simplejpeg', None)
+    monkeypatch.setattr(images, 'simplejpeg', None)
     slow = [result(b) for b in [whole, grey, cmyk, *noisy]]
     assert fast == slow and all(slow[:3])
 
@@ -87,20 +91,23 @@ def test_hostile_headers(either):
     jpeg = bytearray(file())
     at = jpeg.index(b'\xff\xc0')+5
     jpeg[at:at+4] = b'\xff\xff\xff\xff'
-    with pytest.raises(BadImage, match='bomb.*more than'): decode(bytes(jpeg), 'bomb')
+    with pytest.raises(BadImage, match='bomb.*more than'): to_rgb(bytes(jpeg), 'bomb')
     jpeg[at:at+4] = b'\x01\x00\x01\x00'  # larger than it is
-    with pytest.raises(BadImage): decode(bytes(jpeg), 'x', (40, 56))
+    with pytest.raises(BadImage): to_rgb(bytes(jpeg), 'x', (40, 56))
     jpeg[at:at+4] = b'\x00\x00\x00\x10'
     with pytest.raises(ValueError, match='0x16'): image_size(bytes(jpeg))
-    for junk in (b'', b'\xff\xd8\xff', b'\xff\xd8\xff\xe0\x00\x00'*9, b'RIFF\0\0\0\0WEBPVP8 ', b'\x89PNG\r\n\x1a\n'+bytes(40), bytes(99)):
-        with pytest.raises(BadImage): decode(junk)
+    for junk in (b'', b'\xff\xd8\xff', b'\xff\xd8\xff\xe0\x00\x00'*9, b'RIFF\0\0\0\0WEBPVP8 ',
+                 b'\x89PNG\r\n\x1a\n'+bytes(40), bytes(99)):
+        with pytest.raises(BadImage): to_rgb(junk)
 
 def test_odd_modes(either):
-    for kind, image in (('png', picture().convert('P')), ('png', picture().convert('LA')), ('png', picture().convert('1')),
-                        ('png', picture().convert('RGBA')), ('webp', picture().convert('RGBA')), ('jpeg', picture().convert('L')),
+    for kind, image in (('png', picture().convert('P')), ('png', picture().convert('LA')),
+                        ('png', picture().convert('1')),
+                        ('png', picture().convert('RGBA')), ('webp', picture().convert('RGBA')),
+                        ('jpeg', picture().convert('L')),
                         ('png', Image.fromarray(np.full((40, 56), 40000, np.uint16)))):
-        x = decode(file(kind, image))
-        assert x.shape == (40, 56, 3) and x.dtype == np.uint8 and x.flags['C_CONTIGUOUS']
+        x = to_rgb(file(kind, image))
+        assert x.shape == (40, 56, 3) and x.dtype == torch.uint8 and x.is_contiguous()
 
 
 # ---- shards
@@ -124,7 +131,8 @@ def test_cut_shard_keeps_what_is_whole(tmp_path, packed, share):
     for i in range(len(s)): assert s.image(i).shape == (40, 56, 3)
     assert s.skipped and any('cut' in why for _, why in s.skipped)
 
-@pytest.mark.parametrize('named', ['train-*.tar', 'train-*.tar.gz', 'train-{000000..000001}.tar', 'train-{000000..000001}.tar.gz'])
+@pytest.mark.parametrize('named', ['train-*.tar', 'train-*.tar.gz', 'train-{000000..000001}.tar',
+                                   'train-{000000..000001}.tar.gz'])
 @pytest.mark.parametrize('packed', [False, True])
 def test_a_recipe_means_shards_packed_or_not(tmp_path, packed, named):
     for p in write_shards(samples(8), tmp_path/'train-%06d.tar', per_shard=4):
@@ -133,7 +141,8 @@ def test_a_recipe_means_shards_packed_or_not(tmp_path, packed, named):
 
 def test_bad_members(tmp_path):
     p, good = tmp_path/'a.tar', samples(6)
-    bad = [dict(key='broken', jpg=file()[:600], cls=1), dict(key='text', jpg=b'hello', cls=1), dict(key='lone', cls=3), good[2]]
+    bad = [dict(key='broken', jpg=file()[:600], cls=1), dict(key='text', jpg=b'hello', cls=1),
+           dict(key='lone', cls=3), good[2]]
     write_shard(p, [*good[:3], *bad, *good[3:]])
     s, told = quiet(open_source, 'shards', str(p))
     assert len(told) == 1 and '3 skipped' in told[0]
@@ -143,7 +152,8 @@ def test_bad_members(tmp_path):
     for i, k in enumerate(s.keys):
         if k != 'broken': s.image(i)
 
-@pytest.mark.parametrize('label', [dict(cls='cat'), dict(cls='1.5'), dict(cls=''), dict(cls='9'*400), dict(json='{"label": 1.5}'),
+@pytest.mark.parametrize('label', [dict(cls='cat'), dict(cls='1.5'), dict(cls=''), dict(cls='9'*400),
+                                   dict(json='{"label": 1.5}'),
                                    dict(json='{"label": true}'), dict(json='{"label"'), dict(json='['*9999)])
 def test_bad_labels_stop(tmp_path, label):
     write_shard(tmp_path/'a.tar', [*samples(2), dict(key='odd', jpg=file(), **label)])
@@ -155,7 +165,9 @@ def test_other_tars(tmp_path):
     for n, form in enumerate((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
         with tarfile.open(tmp_path/f'{n}.tar', 'w', format=form) as t:
             t.addfile(tarfile.TarInfo('d/'))
-            info = tarfile.TarInfo('./link.jpg'); info.type, info.linkname = tarfile.SYMTYPE, '/etc/passwd'; t.addfile(info)
+            info = tarfile.TarInfo('./link.jpg')
+            info.type, info.linkname = tarfile.SYMTYPE, '/etc/passwd'
+            t.addfile(info)
             for name, b in ((f'{long}.JPG', file()), (f'{long}.cls', b' 7\n'), ('README', b'x'), ('.hidden.jpg', b'')):
                 info = tarfile.TarInfo(name); info.size = len(b); t.addfile(info, io.BytesIO(b))
     s = open_source('shards', str(tmp_path/'{0..1}.tar'))
@@ -181,9 +193,9 @@ def test_cache(tmp_path, monkeypatch):
     for p in (tmp_path/'a.tar', tmp_path/'b.tar.gz'):
         index = shard_index(p)
         with monkeypatch.context() as m:
-            m.setattr(data, 'index_tar', None)  # not called again
+            m.setattr(shards, 'index_tar', None)  # not called again
             assert shard_index(p)['keys'] == index['keys']
-        saved = data._cache_path(data._file_state(p), '.npz')
+        saved = shards.cache_path(shards.file_state(p), '.npz')
         saved.write_bytes(saved.read_bytes()[:200])
         assert shard_index(p)['keys'] == index['keys']  # a damaged index is made anew
     write_shard(tmp_path/'a.tar', samples(7))
@@ -196,7 +208,7 @@ def test_cache(tmp_path, monkeypatch):
 def test_index_is_never_unpickled(tmp_path):
     write_shard(tmp_path/'a.tar', samples(3))
     shard_index(tmp_path/'a.tar')
-    saved = data._cache_path(data._file_state(tmp_path/'a.tar'), '.npz')
+    saved = shards.cache_path(shards.file_state(tmp_path/'a.tar'), '.npz')
     np.savez(saved, text=np.array([{'keys': []}], dtype=object), allow_pickle=True)
     assert len(shard_index(tmp_path/'a.tar')['keys']) == 3
 
@@ -205,7 +217,8 @@ def test_extras(tmp_path):
     npy = io.BytesIO(); np.save(npy, np.full((40, 56), 2.5, np.float32))
     evil = io.BytesIO(); np.save(evil, np.array([print], dtype=object), allow_pickle=True)
     write_shard(tmp_path/'a.tar', [
-        dict(key='a', jpg=file(), png=file('png', depth), json=json.dumps(dict(scene_type=None))),  # as NYU Depth is packed
+        # as NYU Depth is packed
+        dict(key='a', jpg=file(), png=file('png', depth), json=json.dumps(dict(scene_type=None))),
         {'key': 'b', 'jpg': file(), 'depth.npy': npy.getvalue()},
         {'key': 'c', 'jpg': file(), 'depth.npy': evil.getvalue()},
         {'key': 'd', 'jpg': file(), 'depth.png': file('png', depth.resize((5, 5)))},
@@ -234,7 +247,7 @@ def test_workers(tmp_path, kind, cache):
     want = [int(alone.image(i).sum(dtype=torch.int64)) for i in range(24)]
     loader = DataLoader(Images(s), batch_size=4, num_workers=2, multiprocessing_context='fork')
     for _ in range(2): assert torch.cat([b[1] for b in loader]).tolist() == want
-    if cache: assert s.memory.done.all()  # filled by the workers, seen by their parent
+    if cache: assert s.decoded.done.all()  # filled by the workers, seen by their parent
     assert (open_source(kind, **args).labels == s.labels).all()
 
 def test_pickles_without_its_memory(tmp_path):
@@ -249,8 +262,10 @@ def test_pickles_without_its_memory(tmp_path):
 def test_two_processes_unpack_at_once(tmp_path):
     write_shard(tmp_path/'a.tar', samples(200))
     (tmp_path/'a.tar.gz').write_bytes(gzip.compress((tmp_path/'a.tar').read_bytes()))
-    code = f"from jepa_nb.data import open_source; s = open_source('shards', {str(tmp_path/'a.tar.gz')!r}); print(len(s), int(s.image(199).sum()))"
-    runs = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent) for _ in range(2)]
+    code = (f"from jepa_nb.sources import open_source; s = open_source('shards', {str(tmp_path/'a.tar.gz')!r}); "
+            "print(len(s), int(s.image(199).sum()))")
+    runs = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True,
+                             cwd=Path(__file__).parent.parent) for _ in range(2)]
     out = [p.communicate(timeout=120)[0].split() for p in runs]
     assert out[0] == out[1] and out[0][0] == '200' and len(list((tmp_path/'cache').iterdir())) == 2
 
@@ -268,7 +283,8 @@ def test_folder(tmp_path):
     s = open_source('folder', str(f))
     linked = {'a/2.webp', 'c/2.webp'} & set(s.keys)  # one folder, two names: entered at least once, and never for ever
     assert linked and set(s.keys) == {'b/0.PNG', 'b/x/1.jpg', 'top.jpeg'} | linked
-    assert s.labels[s.keys.index('top.jpeg')] == -1 and s.labels[s.keys.index('b/x/1.jpg')] == s.labels[s.keys.index('b/0.PNG')] >= 0
+    assert s.labels[s.keys.index('top.jpeg')] == -1
+    assert s.labels[s.keys.index('b/x/1.jpg')] == s.labels[s.keys.index('b/0.PNG')] >= 0
     assert s.sizes.tolist() == [[40, 56]]*len(s)
     (f/'b'/'0.PNG').write_bytes(file('png', picture(20, 30)))
     with pytest.raises(BadImage, match='0.PNG'): s.image(s.keys.index('b/0.PNG'))  # it changed under us
@@ -285,12 +301,12 @@ def test_shards_from_folder_interrupted(tmp_path, monkeypatch):
     make = partial(shards_from_folder, f, per_shard=5, progress=False)
     whole = make(tmp_path/'one')
     assert whole['images'] == 23 and whole['left_out'] == 1 and whole['skipped'][0][0] == os.path.join('c0', 'bad.jpg')
-    shrink, calls = data.shrink, []
+    downscale, calls = writing.downscale, []
     def stopping(*a):
         calls.append(a)
         if len(calls) == 13: raise KeyboardInterrupt
-        return shrink(*a)
-    monkeypatch.setattr(data, 'shrink', stopping)
+        return downscale(*a)
+    monkeypatch.setattr(writing, 'downscale', stopping)
     with pytest.raises(KeyboardInterrupt): make(tmp_path/'two')
     assert sorted(p.name for p in (tmp_path/'two').iterdir()) == ['train-000000.tar', 'train-000001.tar', 'train.json']
     assert make(tmp_path/'two')['images'] == 23 and len(calls) == 13+14
@@ -305,7 +321,7 @@ def test_shards_from_folder_interrupted(tmp_path, monkeypatch):
 
 def test_killed_writer_leaves_no_shard(tmp_path):
     code = f"""if True:
-        import os, jepa_nb.data as d
+        import os, jepa_nb.shards as d
         def samples():
             for i in range(9):
                 if i == 7: os.kill(os.getpid(), 9)
@@ -331,9 +347,10 @@ def archive(path, n=4, side=32, name='test_batch.bin'):
 
 def test_cifar10(tmp_path):
     a = archive(tmp_path/'c.tar.gz')
-    shards_from_cifar10(tmp_path/'out', a, md5=data.file_md5(a), per_shard=7, progress=False)
+    shards_from_cifar10(tmp_path/'out', a, md5=file_md5(a), per_shard=7, progress=False)
     train, test = (open_source('shards', str(tmp_path/'out'), split=s) for s in ('train', 'test'))
-    assert (len(train), len(test), len(train.shards)) == (20, 4, 3) and 0 <= train.labels.min() <= train.labels.max() <= 9
+    assert (len(train), len(test), len(train.shards)) == (20, 4,
+                                                          3) and 0 <= train.labels.min() <= train.labels.max() <= 9
     rng = np.random.default_rng(0)
     label, pixels = rng.integers(0, 10, (4, 1))[0, 0], rng.integers(0, 256, (4, 3072))[0]
     assert train.labels[0] == label and (train.sample(0)['image'].numpy().ravel() == pixels).all()
@@ -362,14 +379,16 @@ def test_stream(server):
     s = Stream(server, replace=False, epochs=1, shuffle=7)
     got = list(s)
     assert sorted(r.key for r in got) == [f's{i:04d}' for i in range(60)]
-    assert all(r.size == (40, 56) and decode(r.data).shape == (40, 56, 3) and r.label == int(r.key[1:])%10 for r in got)
+    assert all(r.size == (40, 56) and to_rgb(r.data).shape == (40, 56, 3) and r.label == int(r.key[1:])%10 for r in got)
     assert [r.key for r in got] != sorted(r.key for r in got) and [r.key for r in s] == [r.key for r in got]
 
 def test_stream_workers(server):
-    loader = DataLoader(Stream(server, replace=False, epochs=1, shuffle=3), batch_size=None, num_workers=2, multiprocessing_context='fork')
+    loader = DataLoader(Stream(server, replace=False, epochs=1, shuffle=3), batch_size=None, num_workers=2,
+                        multiprocessing_context='fork')
     assert sorted(r.key for r in loader) == [f's{i:04d}' for i in range(60)]
     s = Stream(server, seed=3, shuffle=5)
-    orders = [[r.key for r in islice(Stream(server, seed=3, shuffle=5, rank=r, world=2).read(w, 2), 50)] for r in range(2) for w in range(2)]
+    orders = [[r.key for r in islice(Stream(server, seed=3, shuffle=5, rank=r, world=2).read(w, 2), 50)]
+              for r in range(2) for w in range(2)]
     assert len(set(map(tuple, orders))) == 4
     assert [r.key for r in islice(s.read(0, 2), 50)] == orders[0]
     with pytest.raises(DataError, match='8 workers'): list(Stream(server, replace=False, world=4).read(0, 2))
@@ -380,14 +399,16 @@ def test_stream_damage(server, tmp_path):
     (www/'t-000001.tar').write_bytes(b[:len(b)//2])
     (www/'t-000002.tar').write_bytes(b'hello')
     (www/'t-000003.tar').unlink()
-    write_shard(www/'t-000004.tar', [*samples(3, 40), dict(key='none', cls=3), dict(key='junk', jpg=b'x', cls=0), *samples(5, 45)])
+    write_shard(www/'t-000004.tar', [*samples(3, 40), dict(key='none', cls=3), dict(key='junk', jpg=b'x', cls=0),
+                                     *samples(5, 45)])
     s = Stream(server, replace=False, epochs=1, shuffle=0)
     got, told = quiet(list, s)
     keys = {r.key for r in got}
     assert {f's{i:04d}' for i in [*range(10), *range(40, 43), *range(45, 60)]} <= keys and 's0019' not in keys
     assert all(r.label >= 0 for r in got) and told and len(s.skipped) >= 5
     why = ' '.join(': '.join(x) for x in s.skipped)
-    for word in ('t-000001.tar', 't-000002.tar', 't-000003.tar: HTTP Error 404', 't-000004.tar: none', 't-000004.tar: junk'): assert word in why
+    for word in ('t-000001.tar', 't-000002.tar', 't-000003.tar: HTTP Error 404', 't-000004.tar: none',
+                 't-000004.tar: junk'): assert word in why
 
 def test_stream_of_nothing_ends(tmp_path):
     for i in range(2): (tmp_path/f'{i}.tar').write_bytes(b'hello')

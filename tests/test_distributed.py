@@ -1,5 +1,6 @@
 """Two processes that share the rows of a batch make the updates of one that has them all.
-What is repeated and dropped is drawn per process, so equality is tested where nothing is: repeats=1, keep_context=keep_target=1."""
+What is repeated and dropped is drawn per process, so equality is tested where nothing is: repeats=1,
+keep_context=keep_target=1."""
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from jepa_nb import devices
 from jepa_nb.checkpoint import open_run, read_log
 from jepa_nb.devices import init_distributed
 from jepa_nb.files import RunError
@@ -28,19 +30,31 @@ TINY = dict(
     optim=dict(warmup=5), teacher=dict(warmup=5, ramp=20, start=.5),
     run=dict(steps=4, save_every=2, log_every=2, threads=1, device='cpu'))
 
-def together(cfg, run, world=2):
-    "Train in `world` processes, as torchrun starts them."
-    save_config(cfg, run.parent/'recipe.yaml')
-    code = f"from jepa_nb.config import load_config; from jepa_nb.train import train; train(load_config({str(run.parent/'recipe.yaml')!r}), {str(run)!r}, progress=False)"
+def processes(code, world=2):
+    """Run Python code in `world` processes, as torchrun starts them; wait, and keep what each wrote to stderr as
+    `errors`."""
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(world))
-    ps = [subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, env=dict(env, RANK=str(r), LOCAL_RANK=str(r)), text=True, stderr=subprocess.PIPE) for r in range(world)]
-    errors = [p.communicate(timeout=600)[1] for p in ps]
-    assert [p.returncode for p in ps] == [0]*world, errors
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port),
+               WORLD_SIZE=str(world))
+    ps = [subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, env=dict(env, RANK=str(r), LOCAL_RANK=str(r)),
+                           text=True, stderr=subprocess.PIPE) for r in range(world)]
+    for p in ps: p.errors = p.communicate(timeout=600)[1]
+    return ps
 
-@pytest.mark.parametrize('words', [(), ('masks.kind=multiblock', 'pack.image=96', 'pack.context=72', 'pack.target=64')], ids=['windows', 'blocks'])
+def together(cfg, run, world=2):
+    "Train in `world` processes."
+    save_config(cfg, run.parent/'recipe.yaml')
+    recipe = str(run.parent/'recipe.yaml')
+    code = ("from jepa_nb.recipes import load_config; from jepa_nb.train import train; "
+            f"train(load_config({recipe!r}), {str(run)!r}, progress=False)")
+    ps = processes(code, world)
+    assert [p.returncode for p in ps] == [0]*world, [p.errors for p in ps]
+
+@pytest.mark.parametrize('words', [(), ('masks.kind=multiblock', 'pack.image=96', 'pack.context=72',
+                                        'pack.target=64')], ids=['windows', 'blocks'])
 def test_two_are_one(tmp_path, words):
-    cfg = make_config(TINY, ['run.accumulate=2', 'run.matmul=highest', *words]) # on processors that multiply in bfloat16 the order of rows shows otherwise
+    # on processors that multiply in bfloat16 the order of rows shows otherwise
+    cfg = make_config(TINY, ['run.accumulate=2', 'run.matmul=highest', *words])
     train(cfg, tmp_path/'one', progress=False)
     together(cfg, tmp_path/'two')
     start, one = (open_run(tmp_path/'one', step=s)[0].state_dict() for s in (2, 4))
@@ -53,7 +67,8 @@ def test_two_are_one(tmp_path, words):
 
 def test_two_go_on(tmp_path):
     "Resuming works for two as for one, bit for bit; here with repeats, dropping and experts."
-    cfg = make_config(TINY, ('objective.repeats=2', 'objective.keep_context=.5', 'objective.keep_target=.5', 'encoder.mlp=diffmoe', 'encoder.experts=4'))
+    cfg = make_config(TINY, ('objective.repeats=2', 'objective.keep_context=.5', 'objective.keep_target=.5',
+                             'encoder.mlp=diffmoe', 'encoder.experts=4'))
     together(cfg, tmp_path/'whole')
     shutil.copytree(tmp_path/'whole', tmp_path/'parts')
     (tmp_path/'parts/done.json').unlink(); shutil.rmtree(tmp_path/'parts/checkpoints/step_00000004')
@@ -70,7 +85,9 @@ def test_two_go_on_with_a_stream(tmp_path):
     shards_from_scenes(tmp_path/'shards', images=48, side=32, per_shard=8, progress=False)
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=tmp_path/'shards'))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    cfg = make_config(TINY, ('data.kind=shards', f'data.path=http://127.0.0.1:{server.server_port}/train-{{000000..000005}}.tar', 'data.shuffle=4', 'run.steps=6'))
+    cfg = make_config(TINY, ('data.kind=shards',
+                             f'data.path=http://127.0.0.1:{server.server_port}/train-{{000000..000005}}.tar',
+                             'data.shuffle=4', 'run.steps=6'))
     together(cfg, tmp_path/'whole')
     shutil.copytree(tmp_path/'whole', tmp_path/'parts')
     (tmp_path/'parts/done.json').unlink(); shutil.rmtree(tmp_path/'parts/checkpoints/step_00000006')
@@ -86,3 +103,28 @@ def test_rows_that_cannot_be_shared(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '3')
     with pytest.raises(RunError, match='pack.rows 4 cannot be shared by 3 processes; a multiple of 3 can'):
         with init_distributed(make_config(TINY)): pass
+
+def test_the_others_wait_while_the_first_computes_scores(monkeypatch):
+    """Rank scores, checksums and the lock of the folder are the first process's; NCCL would abort the others after
+    ten minutes."""
+    given = {}
+    monkeypatch.setattr(devices.dist, 'init_process_group', lambda backend, **kw: given.update(kw))
+    monkeypatch.setattr(devices.dist, 'destroy_process_group', lambda: None)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with init_distributed(make_config(TINY)) as ctx: assert ctx.world == 2
+    assert given['timeout'].total_seconds() >= 12*3600
+
+def test_a_short_timeout_would_end_the_run(tmp_path):
+    "That timeout is what ends the wait: with one of two seconds, scores that take eight end the run."
+    cfg = make_config(TINY, ('run.rank_every=2', 'run.rank_images=12', 'run.lidar_images=8', 'run.lidar_views=3'))
+    save_config(cfg, tmp_path/'recipe.yaml')
+    def run(seconds):
+        code = ("import time; from datetime import timedelta; from jepa_nb import devices, train; from "
+                "jepa_nb.recipes import load_config; "
+                f"devices.GROUP_TIMEOUT = timedelta(seconds={seconds}) if {seconds} else devices.GROUP_TIMEOUT; "
+                f"scores = train.run_rank_scores; "
+                "train.run_rank_scores = lambda *a: (time.sleep(8), scores(*a))[1]; "
+                f"train.train(load_config({str(tmp_path/'recipe.yaml')!r}), {str(tmp_path/f'run{seconds}')!r}, "
+                f"progress=False)")
+        return processes(code)
+    assert any(p.returncode for p in run(2)) and not any(p.returncode for p in run(0))

@@ -10,9 +10,16 @@ from einops import rearrange
 
 from jepa_nb.checkpoint import open_run, read_log
 from jepa_nb.conditioning import (
-    Conditioner, context_groups, gather_slots, inference_conditioning, max_conditioning_tokens, pool_grid, target_groups,
+    Conditioner,
+    context_groups,
+    gather_slots,
+    inference_conditioning,
+    max_conditioning_tokens,
+    pool_grid,
+    target_groups,
 )
 from jepa_nb.config import ConditionConfig
+from jepa_nb.eval_config import EvalConfig
 from jepa_nb.evaluate import evaluate
 from jepa_nb.jepa import JEPA, PredictorRows, ema_, encode_targets, gather_tokens, jepa_loss
 from jepa_nb.layers import rope2d, token_layout
@@ -28,9 +35,11 @@ from jepa_nb.train import train
 ROOT = Path(__file__).parents[1]
 PAIRS = dict(ec_vitl16='ij_vitl16', ec_vith14='ij_vith14', ec_tiny_ec='ec_tiny_ijepa',
              ec_tiny_wide_ec='ec_tiny_wide_ijepa', ec_small_ec='ec_small_ijepa')
-REDUCED = ('data.kind=scenes', 'data.path=null', 'data.images=32', 'data.workers=0', 'pack.rows=4', 'masks.mask_group=4',
+REDUCED = ('data.kind=scenes', 'data.path=null', 'data.images=32', 'data.workers=0', 'pack.rows=4',
+           'masks.mask_group=4',
            'encoder.dim=48', 'encoder.depth=2', 'encoder.heads=4', 'predictor.dim=24', 'predictor.depth=1',
-           'predictor.heads=2', 'run.steps=2', 'run.log_every=1', 'run.threads=1', 'run.device=cpu', 'run.dtype=float32')
+           'predictor.heads=2', 'run.steps=2', 'run.log_every=1', 'run.threads=1', 'run.device=cpu',
+           'run.dtype=float32')
 
 
 def recipe(stem, *words): return load_config(ROOT/f'params/train/{stem}.yaml', words)
@@ -39,7 +48,8 @@ def recipe(stem, *words): return load_config(ROOT/f'params/train/{stem}.yaml', w
 @pytest.mark.parametrize('ec, ij', PAIRS.items())
 def test_builds_and_differs_in_conditioning_only(ec, ij):
     a, b = recipe(ec), recipe(ij)
-    assert replace(a, condition=ConditionConfig(), run=replace(a.run, name=ij)) == b and a.condition == ConditionConfig(kind='positions')
+    assert replace(a, condition=ConditionConfig(),
+                   run=replace(a.run, name=ij)) == b and a.condition == ConditionConfig(kind='positions')
     check_slots(a)
     with torch.device('meta'): conditioned, plain = JEPA(a), JEPA(b)
     assert list(conditioned.state_dict()) == list(plain.state_dict())
@@ -64,9 +74,12 @@ def test_a_conditioned_run_is_resumed_and_evaluated(kind, tmp_path):
     assert list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
     strip = lambda log: {k:v for k, v in log.items() if 'second' not in k}
     assert strip(read_log(tmp_path/'whole')) == strip(read_log(tmp_path/'parts'))
-    train_half, test_half = (open_source('scenes', images=n, side=64, split=s) for n, s in ((60, 'train'), (30, 'test')))
-    def recorded(c): return evaluate(tmp_path/'whole', train_half, test_half, layers='last', condition=c, progress=False)['condition']
-    assert {c: recorded(c) for c in (None, 'off', (2, 2))} == {None: [4, 4], 'off': 'off', (2, 2): [2, 2]}
+    train_half, test_half = (open_source('scenes', images=n, side=64, split=s) for n,
+                             s in ((60, 'train'), (30, 'test')))
+    asked = {c: EvalConfig(layers='last', condition=c) for c in (None, 'off', (2, 2))}
+    def recorded(cfg): return evaluate(tmp_path/'whole', train_half, test_half, cfg, progress=False)['condition']
+    found = {c: recorded(cfg) for c, cfg in asked.items()}
+    assert found == {None: [4, 4], 'off': 'off', (2, 2): [2, 2]}
 
 
 def test_a_run_from_before_there_was_conditioning_opens(tmp_path):
@@ -80,7 +93,8 @@ def test_a_run_from_before_there_was_conditioning_opens(tmp_path):
 
 
 def test_checkpointing_changes_nothing(tmp_path):
-    def weights(c): return open_run(train(recipe('ec_tiny_ec', *REDUCED, f'run.checkpointing={c}'), tmp_path/c, progress=False))[0].state_dict()
+    def weights(c): return open_run(train(recipe('ec_tiny_ec', *REDUCED, f'run.checkpointing={c}'), tmp_path/c,
+                                          progress=False))[0].state_dict()
     a, b = weights('false'), weights('true')
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -129,7 +143,8 @@ def test_devices_of_a_step_share_block_sizes():
     cfg = recipe('ij_vitl16')
     for step in range(3):
         rows = [[block_split((step*16+d)*128+k, (14, 14), 0, cfg) for k in (0, 127)] for d in range(16)]
-        assert len({len(t) for device in rows for s in device for t in s.targets}) == 1 and all(len(a.context) == len(b.context) for a, b in rows)
+        assert len({len(t) for device in rows for s in device
+                    for t in s.targets}) == 1 and all(len(a.context) == len(b.context) for a, b in rows)
         assert len({len(a.context) for a, _ in rows}) > 1
     sizes = {len(block_split(step*2048, (14, 14), 0, cfg).targets[0]) for step in range(40)}
     assert sizes == {30, 35, 36, 40}
@@ -230,7 +245,8 @@ def test_inference_tokens_of_packed_images_are_those_of_images_alone(position, i
 @pytest.mark.parametrize('remainder', ['floor', 'ceil', 'short'])
 @pytest.mark.parametrize('blocks, context_run', [('separate', 'target'), ('joined', 'own'), ('union', 'target')])
 def test_no_row_needs_more_slots_than_the_bound(blocks, context_run, remainder, images):
-    cfg = small(SMALL | dict(masks=dict(kind='multiblock'), pack=dict(rows=4, pool=1, image=196, context=172, target=172),
+    cfg = small(SMALL | dict(masks=dict(kind='multiblock'),
+                             pack=dict(rows=4, pool=1, image=196, context=172, target=172),
                              scale=dict(kind='crop', max_side=14)), f'condition.remainder={remainder}',
                 f'condition.blocks={blocks}', f'condition.context_run={context_run}')
     pack = pack_images(images[:1]*40, cfg)
@@ -297,7 +313,8 @@ def loss_alone(jepa, pack, k):
     number[slots] = torch.arange(len(slots))
     mine = lambda ids: number[ids[torch.isin(ids, slots)]][None]
     segment = pack.segment[row][torch.isin(pack.target[row], slots)][None]
-    image = Tokens(pack.image.x[row, slots][None], pack.image.pos[row, slots][None], torch.zeros(1, len(slots), dtype=torch.long))
+    image = Tokens(pack.image.x[row, slots][None], pack.image.pos[row, slots][None],
+                   torch.zeros(1, len(slots), dtype=torch.long))
     return losses(jepa, Pack(image, mine(pack.context[row]), mine(pack.target[row]), segment),
                   copies=all_kept(jepa, mine(pack.context[row]), mine(pack.target[row])))[0].token_loss.flatten()
 
@@ -309,7 +326,8 @@ def all_kept(jepa, context, target):
     return PredictorRows(torch.arange(len(context)), *slots, (1, 1))
 
 
-@pytest.mark.parametrize('words', [('encoder.position=sincos', 'encoder.norm_out=layernorm', 'objective.target_norm=layernorm'),
+@pytest.mark.parametrize('words', [('encoder.position=sincos', 'encoder.norm_out=layernorm',
+                                    'objective.target_norm=layernorm'),
                                    ('encoder.norm_out=dyntanh',)], ids=['ijepa', 'featnorm'])
 @pytest.mark.parametrize('base', [BLOCKS, WINDOWS], ids=['blocks', 'windows'])
 def test_packed_loss_is_that_of_images_alone(base, words, images):

@@ -1,4 +1,5 @@
-"Figures: papermill ignores a name that it does not know, and overwrites nothing above an untagged cell. Both are silent; here they are not."
+"""Figures: papermill ignores a name that it does not know, and overwrites nothing above an untagged cell. Both are
+silent; here they are not."""
 import ast
 import json
 import logging
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from jepa_nb.figure_files import is_stale
+from jepa_nb.ledger import CLAIMS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'workflow'))
@@ -37,11 +39,16 @@ def reads_as_number(text):
     except ValueError: return False
     return True
 
-def test_there_are_figures(): assert {p.stem for p in NOTEBOOKS} >= {'fn_fig1_loss_distribution', 'fn_fig3_mean_loss_map', 'fn_fig5_context_target', 'fn_fig10_probe_by_depth', 'fn_fig11_depth_maps', 'fn_table1'}
+def test_there_are_figures(): assert {p.stem for p in NOTEBOOKS} >= {'fn_fig1_loss_distribution',
+                                                                     'fn_fig3_mean_loss_map',
+                                                                     'fn_fig5_context_target',
+                                                                     'fn_fig10_probe_by_depth', 'fn_fig11_depth_maps',
+                                                                     'fn_table1'}
 
 def test_nbdev_leaves_them_alone():
     assert (ROOT/'nbs'/'figures'/'.notest').is_file(), "nbdev_test would run the figures"
-    assert 'allowed_cell_metadata_keys = tags' in (ROOT/'settings.ini').read_text(), "nbdev_clean would strip the tag `parameters`"
+    settings = (ROOT/'settings.ini').read_text()
+    assert 'allowed_cell_metadata_keys = tags' in settings, "nbdev_clean would strip the tag `parameters`"
 
 @pytest.mark.parametrize('path', **by_name)
 def test_one_tagged_cell_and_it_is_the_first(path):
@@ -97,7 +104,43 @@ def test_a_code_host_shows_the_picture(path):
     nb = nbformat.read(path, 4)
     assert pictures(nb), f".venv/bin/python workflow/execute_figures.py {path.stem}"
     assert not [o for o in outputs(nb) if o.output_type == 'error']
-    assert not re.findall(r'(?<![\w./])/(?:home|root|tmp|work|usr|var|opt|Users|mnt)/\S*', said(nb)), "a path of the machine that drew it"
+    assert not re.findall(r'(?<![\w./])/(?:home|root|tmp|work|usr|var|opt|Users|mnt)/\S*',
+                          said(nb)), "a path of the machine that drew it"
+
+def calls(path, name):
+    "Calls of a function in a notebook, as AST nodes."
+    trees = [ast.parse(c.source) for c in code_cells(path)]
+    return [n for t in trees for n in ast.walk(t) if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == name]
+
+def asked_claims(path):
+    "Numbers of the claims that a figure asks the ledger about."
+    loops = [g.iter for c in code_cells(path) for n in ast.walk(ast.parse(c.source)) if isinstance(n, ast.GeneratorExp)
+             and getattr(getattr(n.elt, 'func', None), 'id', '') == 'figure_claim' for g in n.generators]
+    typed = [n.args[0] for n in calls(path, 'figure_claim') if isinstance(n.args[0], ast.Constant)]
+    return sorted({k for n in loops for k in ast.literal_eval(n)} | {n.value for n in typed})
+
+def claim_prose(path):
+    return ' '.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown'
+                    and c.source.startswith('## Claim'))
+
+@pytest.mark.parametrize('path', **by_name)
+def test_the_prose_of_a_claim_says_the_rule(path):
+    "Figure 3 said that LayerNorm is above its control, which the rule of claim 3 does not compare."
+    prose, asked = claim_prose(path), [c for c in CLAIMS if c.number in asked_claims(path)]
+    if not asked: return
+    named = {int(k) for words in re.findall(r'[Cc]laims? ((?:\d+(?:, | and )?)+)', prose)
+             for k in re.findall(r'\d+', words)}
+    assert named == {c.number for c in asked}, 'the prose names the claims that the code asks about'
+    compared = ' '.join(p.name for c in asked for p in c.parts)
+    assert 'control' not in prose or 'control' in compared, 'the rule compares with no control'
+
+@pytest.mark.parametrize('path', **by_name)
+def test_verdicts_come_from_rules(path):
+    """Figure 2 handed one number to `verdict`, which then can only say that nothing was tested: a figure without a
+    rule measures, and judges nothing."""
+    assert not calls(path, 'verdict'), '`figure_claim` gives verdicts'
+    if path.stem in ('fn_fig2_loss_maps', 'fn_features_pca'):
+        assert 'no verdict: one run of each norm' in said(nbformat.read(path, 4)), 'executed before the change'
 
 @pytest.fixture(scope='session')
 def fresh_clone(tmp_path_factory):
@@ -107,7 +150,8 @@ def fresh_clone(tmp_path_factory):
         except OSError: shutil.copy2(a, b)
     there = tmp_path_factory.mktemp('clone')
     for name in ('nbs', 'params', 'jepa_nb', 'workflow', 'figures/small', 'figures/medium'):
-        shutil.copytree(ROOT/name, there/name, copy_function=link, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+        shutil.copytree(ROOT/name, there/name, copy_function=link,
+                        ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
     for name in ('settings.ini', 'pyproject.toml'): link(ROOT/name, there/name)
     return there
 
@@ -116,7 +160,9 @@ def test_it_runs_in_a_fresh_clone(path, fresh_clone, monkeypatch):
     monkeypatch.delenv('DATA', raising=False)
     nb = execute(fresh_clone/path.relative_to(ROOT), timeout=600)
     assert pictures(nb)
-    if {'runs_home', 'method_runs'} & set(re.findall(r'\w+', ''.join(c.source for c in nb.cells))): assert re.search(r'tier (small|medium), committed checkpoints|drawn from figures/', said(nb))
+    words = set(re.findall(r'\w+', ''.join(c.source for c in nb.cells)))
+    if {'runs_home', 'method_runs'} & words:
+        assert re.search(r'tier (small|medium), committed checkpoints|drawn from figures/', said(nb))
 
 def test_drawing_again_leaves_the_committed_files_alone(fresh_clone):
     stem = 'figures/small/ec_fig3_sample_efficiency'
@@ -124,7 +170,8 @@ def test_drawing_again_leaves_the_committed_files_alone(fresh_clone):
     for k in before: # no links into the tree
         (fresh_clone/f'{stem}.{k}').unlink()
         (fresh_clone/f'{stem}.{k}').write_bytes(before[k])
-    words = [sys.executable, '-m', 'jepa_nb.cli', 'reproduce', '--tier', 'small', '--shipped', '--cores', '1', '--', f'{stem}.png']
+    words = [sys.executable, '-m', 'jepa_nb.cli', 'reproduce', '--tier', 'small', '--shipped', '--cores', '1', '--',
+             f'{stem}.png']
     done = subprocess.run(words, cwd=fresh_clone, env=os.environ | dict(PYTHONPATH='.'), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout+done.stderr
     assert (fresh_clone/'runs/small/logs/ec_fig3_sample_efficiency.ipynb').is_file() # it was drawn

@@ -17,16 +17,21 @@ def right(share, shift=0):
 
 
 def evaluation(path, linear, knn, data='scenes/test-*.tar', index=None, npz=True):
-    "What `jepa_nb eval` leaves: two depths, of which the second was chosen; the first is right everywhere, to be caught when it is read."
+    """What `jepa_nb eval` leaves: two depths, of which the second was chosen; the first is right everywhere, to be
+    caught when it is read."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(acc_chosen=float(linear.mean()), knn_chosen=float(knn.mean()), depths=[3, 4], chosen_depth=4, n_test=len(linear), data=data)))
+    path.write_text(json.dumps(dict(acc_chosen=float(linear.mean()), knn_chosen=float(knn.mean()), depths=[3, 4],
+                                    chosen_depth=4, n_test=len(linear), data=data)))
     ones = np.ones(len(linear), bool)
-    if npz: np.savez(path.with_suffix('.npz'), correct=np.stack([ones, linear]), knn_correct=np.stack([ones, knn]), labels=ones, index=np.arange(len(linear)) if index is None else index)
+    if npz:
+        np.savez(path.with_suffix('.npz'), correct=np.stack([ones, linear]), knn_correct=np.stack([ones, knn]),
+                 labels=ones, index=np.arange(len(linear)) if index is None else index)
 
 
 def depth(path, ours, constant):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(rmse_oracle=float(ours.mean()), constant=dict(rmse_oracle=float(constant.mean())), n_test=len(ours), data='scenes/test-*.tar')))
+    path.write_text(json.dumps(dict(rmse_oracle=float(ours.mean()), constant=dict(rmse_oracle=float(constant.mean())),
+                                    n_test=len(ours), data='scenes/test-*.tar')))
     np.savez(path.with_suffix('.npz'), index=np.arange(len(ours)), rmse_oracle=ours, constant_rmse_oracle=constant)
 
 
@@ -47,13 +52,15 @@ def tree(tmp_path):
     return tmp_path
 
 
-def by(tree, what, name, tier='quick'): return next(f for f in findings(tier, tree) if f.what == what and f.name == name)
+def by(tree, what, name, tier='quick'):
+    return next(f for f in findings(tier, tree) if f.what == what and f.name == name)
 
 
 def test_the_better_baseline_and_an_interval(tree):
     f = by(tree, 'linear probe', 'LayerNorm')
     assert (f.value, f.baseline, f.baseline_value, round(f.gain, 6), f.unit) == (50, 'raw pixels', 40, 10, '%')
-    assert f.verdict == 'above' and 0 < f.low < f.gain < f.high and f.low == pytest.approx(10-1.96*30/N**.5, abs=.5) # 40 of 400 images differ, all one way
+    # 40 of 400 images differ, all one way
+    assert f.verdict == 'above' and 0 < f.low < f.gain < f.high and f.low == pytest.approx(10-1.96*30/N**.5, abs=.5)
     assert f.n_test == N and f.seeds == 1 and f.tier == 'quick' and f.pair == 'FN'
     assert by(tree, 'linear probe', 'EC-IJEPA').baseline == 'same network untrained' # EC's pair: never raw pixels
 
@@ -62,10 +69,14 @@ def test_an_interval_with_0_is_said_so(tree):
     f = by(tree, 'linear probe', 'DynTanh')
     assert f.verdict == 'not above' and f.low < 0 < f.high
     said = finding_lines('quick', tree)
-    assert any(line.startswith('DynTanh: linear probe 40.0 % is not above raw pixels: +0.0 points [') for line in said), said
-    assert any(line.startswith('LayerNorm: linear probe 50.0 %, +10.0 points [+') and 'above raw pixels (40.0 %; 400 test images, 1 seed)' in line for line in said), said
-    assert any(line.startswith('LayerNorm: k-NN does not gain: 20.0 %, -25.0 points [-') and 'against raw pixels' in line for line in said), said
-    assert any('EC-IJEPA: linear probe 30.0 % is below the same network untrained: -5.0 points [' in line for line in said), said
+    assert any(line.startswith('DynTanh: linear probe 40.0 % is not above raw pixels: +0.0 points [')
+               for line in said), said
+    assert any(line.startswith('LayerNorm: linear probe 50.0 %, +10.0 points [+')
+               and 'above raw pixels (40.0 %; 400 test images, 1 seed)' in line for line in said), said
+    assert any(line.startswith('LayerNorm: k-NN does not gain: 20.0 %, -25.0 points [-')
+               and 'against raw pixels' in line for line in said), said
+    assert any('EC-IJEPA: linear probe 30.0 % is below the same network untrained: -5.0 points [' in line
+               for line in said), said
 
 
 def test_images_are_paired_by_their_number(tree):
@@ -85,10 +96,12 @@ def test_seeds_are_averaged_image_by_image(tree):
 def test_depth_heads_have_two_baselines(tree):
     flat, before = (f for f in findings('quick', tree) if f.what == 'depth RMSE')
     assert (flat.name, flat.baseline, before.baseline) == ('LayerNorm', 'constant map', 'same network untrained')
-    assert flat.gain == pytest.approx(.1) and flat.low == pytest.approx(.1) and flat.verdict == 'above' and flat.unit == 'm'
+    assert flat.gain == pytest.approx(.1) and flat.low == pytest.approx(.1) and flat.verdict == 'above'
+    assert flat.unit == 'm'
     assert before.verdict == 'not above'
     said = '\n'.join(finding_lines('quick', tree))
-    assert '+0.100 m [+0.100, +0.100] better than a constant map' in said and 'is not better than the same network untrained' in said
+    assert '+0.100 m [+0.100, +0.100] better than a constant map' in said
+    assert 'is not better than the same network untrained' in said
 
 
 def test_without_answers_per_image_no_interval(tree):
@@ -123,14 +136,16 @@ def test_nothing_there_and_smoke(tree):
     assert finding_lines('small', tree) == ['small: nothing was evaluated yet']
     assert summary_lines('small', tree) == ['learned small: nothing was evaluated yet']
     (tree/'runs/quick').rename(tree/'runs/smoke')
-    assert 'learns nothing, by design' in finding_lines('smoke', tree)[0] and 'learns nothing, by design' in summary_lines('smoke', tree)[0]
+    assert 'learns nothing, by design' in finding_lines('smoke', tree)[0]
+    assert 'learns nothing, by design' in summary_lines('smoke', tree)[0]
 
 
 def test_the_last_lines_fit_80_columns(tree):
     said = summary_lines('quick', tree)
     assert max(map(len, said)) <= 80 and '\xa0' not in ''.join(said)
     text = ' '.join(' '.join(said).split())
-    assert 'linear probe above raw pixels: LayerNorm 50.0 %, +10.0 [+' in text and 'linear probe not above raw pixels: DynTanh 40.0 %' in text and 'k-NN below raw pixels:' in text
+    assert 'linear probe above raw pixels: LayerNorm 50.0 %, +10.0 [+' in text
+    assert 'linear probe not above raw pixels: DynTanh 40.0 %' in text and 'k-NN below raw pixels:' in text
 
 
 def test_ledger_counts(tree):
@@ -139,6 +154,7 @@ def test_ledger_counts(tree):
     with open(tree/'figures/quick/claims.csv', 'w', newline='') as f:
         w = csv.DictWriter(f, ['number', 'claim', 'verdict'])
         w.writeheader()
-        w.writerows(dict(number=k, claim='a, b\nc', verdict=v) for k, v in enumerate(['holds', 'mixed', 'holds', 'not tested at this scale']))
+        w.writerows(dict(number=k, claim='a, b\nc', verdict=v)
+                    for k, v in enumerate(['holds', 'mixed', 'holds', 'not tested at this scale']))
     assert ledger_counts('quick', tree) == {'holds': 2, 'mixed': 1, 'not tested at this scale': 1}
     assert ledger_text(('quick', 'small', 'quick'), tree) == 'quick: 2 hold, 1 mixed, 1 not tested'

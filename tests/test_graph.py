@@ -1,4 +1,5 @@
-"What runs again when something changes, and what a kill leaves. The jobs are stubs; the graph, the launcher and make are the real ones."
+"""What runs again when something changes, and what a kill leaves. The jobs are stubs; the graph, the launcher and
+make are the real ones."""
 import contextlib
 import os
 import re
@@ -14,20 +15,33 @@ import yaml
 from conftest import ROOT
 
 TIERS = sorted(p.stem for p in (ROOT/'params').glob('*.yaml'))
-NOTEBOOK = '{"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": ["ln = None\\n", "dyntanh = None\\n", "images = 4\\n", "out = None"]}]}'
+NOTEBOOK = ('{"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, '
+            '"source": ["ln = None\\n", "dyntanh = None\\n", "images = 4\\n", "out = None"]}]}')
 TIER = dict(
     tier='tiny', threads=1,
-    data=dict(train=dict(kind='scenes', images=1500, side=32, seed=0), test=dict(kind='scenes', images=500, side=32, seed=0)),
+    data=dict(train=dict(kind='scenes', images=1500, side=32, seed=0),
+              test=dict(kind='scenes', images=500, side=32, seed=0)),
     settings={'run.steps': 10},
-    runs=dict(fn_ln=dict(recipe='params/train/fn_tiny_layernorm.yaml', seeds=[0]), fn_tanh=dict(recipe='params/train/fn_tiny_dyntanh.yaml', seeds=[0, 1])),
-    eval=dict(epochs=2), figures=dict(a=dict(runs=dict(ln='fn_ln', dyntanh='fn_tanh'), params=dict(images=8)), b=dict(params=dict(images=3))))
+    runs=dict(fn_ln=dict(recipe='params/train/fn_tiny_layernorm.yaml', seeds=[0]),
+              fn_tanh=dict(recipe='params/train/fn_tiny_dyntanh.yaml', seeds=[0, 1])),
+    eval=dict(protocol='adam', epochs=2), figures=dict(a=dict(runs=dict(ln='fn_ln', dyntanh='fn_tanh'),
+                                                              params=dict(images=8)), b=dict(params=dict(images=3))))
+
+
+def notebook(module):
+    "A figure whose code imports a module."
+    return NOTEBOOK.replace(']}]}',
+                            f']}}, {{"cell_type": "code", "metadata": {{}}, "source": ["from jepa_nb.{module} '
+                            f'import x"]}}]}}')
 
 
 def clone(folder, tier=TIER):
     "A tree with the real workflow and two invented figures."
-    for d in ('workflow', 'params', 'jepa_nb'): shutil.copytree(ROOT/d, folder/d, ignore=shutil.ignore_patterns('__pycache__'))
+    for d in ('workflow', 'params', 'jepa_nb'): shutil.copytree(ROOT/d, folder/d,
+                                                                ignore=shutil.ignore_patterns('__pycache__'))
     (folder/'nbs/figures').mkdir(parents=True)
-    for stem in 'ab': (folder/f'nbs/figures/{stem}.ipynb').write_text(NOTEBOOK)
+    for name, module in dict(a='maps',
+                             b='show').items(): (folder/f'nbs/figures/{name}.ipynb').write_text(notebook(module))
     (folder/'params/tiny.yaml').write_text(yaml.safe_dump(tier))
     makefile = (ROOT/'Makefile').read_text().replace('.venv/bin/python', sys.executable)
     (folder/'Makefile').write_text(re.sub(r'^(\w+): setup$', r'\1:', makefile, flags=re.M))
@@ -35,12 +49,14 @@ def clone(folder, tier=TIER):
 
 
 def environment(**more):
-    keep = {k: v for k, v in os.environ.items() if k not in ('JEPA_NB_PARENT', 'DATA', 'MAKEFLAGS', 'MAKELEVEL', 'MFLAGS')}
+    keep = {k: v for k, v in os.environ.items()
+            if k not in ('JEPA_NB_PARENT', 'DATA', 'MAKEFLAGS', 'MAKELEVEL', 'MFLAGS')}
     return keep | dict(JEPA_NB_CLI=f'exec {sys.executable} {ROOT}/tests/stub_cli.py') | more
 
 
 def make(folder, *words, **env):
-    return subprocess.run(['make', *words, 'TIER=tiny', 'CORES=2'], cwd=folder, env=environment(**env), capture_output=True, text=True, timeout=300)
+    return subprocess.run(['make', *words, 'TIER=tiny', 'CORES=2'], cwd=folder, env=environment(**env),
+                          capture_output=True, text=True, timeout=300)
 
 
 def plan(folder):
@@ -54,7 +70,8 @@ def plan(folder):
 def finished(tmp_path_factory):
     "A tree whose graph has run."
     folder = clone(tmp_path_factory.mktemp('graph'))
-    assert plan(folder) == dict(scenes_train=1, scenes_test=1, train=3, evaluate=3, random_init=3, raw_pixels=1, figure=2)
+    assert plan(folder) == dict(scenes_train=1, scenes_test=1, train=3, evaluate=3, random_init=3, raw_pixels=1,
+                                figure=2)
     r = make(folder, 'reproduce')
     assert r.returncode == 0, r.stdout+r.stderr
     return folder
@@ -77,16 +94,32 @@ CHANGES = {
     'a touched file':          (edited('nbs/figures/a.ipynb', lambda s: s), {}),
     'a comment in a recipe':   (edited('params/train/fn_tiny_layernorm.yaml', lambda s: s+'# so\n'), {}),
     'a budget':                (changed(seconds=dict(train=3)), {}),
-    'a setting of one run':    (changed(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(settings={'optim.lr': .01}))), dict(train=1, evaluate=1, figure=1)),
-    'a setting in a recipe':   (edited('params/train/fn_tiny_layernorm.yaml', lambda s: s.replace('lr: 1.0e-3', 'lr: 2.0e-3')), dict(train=1, evaluate=1, figure=1)),
-    'a width':                 (changed(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(settings={'encoder.depth': 2}))), dict(train=1, evaluate=1, random_init=1, figure=1)),
+    'a setting of one run':    (changed(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(settings={'optim.lr': .01}))),
+                                dict(train=1, evaluate=1, figure=1)),
+    'a setting in a recipe':   (edited('params/train/fn_tiny_layernorm.yaml',
+                                       lambda s: s.replace('lr: 1.0e-3', 'lr: 2.0e-3')),
+                                       dict(train=1, evaluate=1, figure=1)),
+    'a width':                 (changed(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(settings={'encoder.depth': 2}))),
+                                dict(train=1, evaluate=1, random_init=1, figure=1)),
     'the steps of all':        (changed(settings={'run.steps': 20}), dict(train=3, evaluate=3, figure=1)),
-    'a new seed':              (changed(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(seeds=[0, 1]))), dict(train=1, evaluate=1, random_init=1, figure=1)),
-    'the probe':               (changed(eval=dict(epochs=3)), dict(evaluate=3, random_init=3, raw_pixels=1, figure=1)),
-    'the probe of one run':    (changed(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(eval=dict(train_images=9, released=False)))), dict(evaluate=1, random_init=1, figure=1)),
+    'a new seed':              (changed(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(seeds=[0, 1]))),
+                                dict(train=1, evaluate=1, random_init=1, figure=1)),
+    'the probe':               (changed(eval=dict(protocol='adam', epochs=3)),
+                                dict(evaluate=3, random_init=3, raw_pixels=1, figure=1)),
+    'the probe of one run':    (changed(runs=RUN
+                                        | dict(fn_ln=RUN['fn_ln'] | dict(eval=dict(train_images=90,
+                                            released=False)))), dict(evaluate=1, random_init=1, figure=1)),
     'a parameter of a figure': (changed(figures=TIER['figures'] | dict(b=dict(params=dict(images=5)))), dict(figure=1)),
     'a notebook':              (edited('nbs/figures/b.ipynb', lambda s: s.replace('4', '5')), dict(figure=1)),
-    'a module of figures':     (edited('jepa_nb/maps.py', lambda s: s+'#\n'), dict(figure=2)),
+    'code that a figure imports':   (edited('jepa_nb/maps.py', lambda s: s+'x = 1\n'), dict(figure=1)),
+    'a sentence in that code':      (edited('jepa_nb/maps.py', lambda s: s+'# so\n'), {}),
+    'code of an evaluation':        (edited('jepa_nb/heads.py', lambda s: s+'x = 1\n'),
+                                     dict(evaluate=3, random_init=3, raw_pixels=1, figure=1)),
+    'a docstring of an evaluation': (edited('jepa_nb/heads.py', lambda s: s.replace('"""', '"""Other words. ', 1)), {}),
+    'code of features':             (edited('jepa_nb/features.py', lambda s: s+'x = 1\n'),
+                                     dict(evaluate=3, random_init=3, raw_pixels=1, figure=1)),
+    'code of depth heads':          (edited('jepa_nb/depth.py', lambda s: s+'x = 1\n'), {}),
+    'code of the command line':     (edited('jepa_nb/cli.py', lambda s: s+'x = 1\n'), {}),
     'a module of training':    (edited('jepa_nb/train.py', lambda s: s+'#\n'), {}),
     'the images':              (changed(data=TIER['data'] | dict(train=TIER['data']['train'] | dict(seed=1))),
                                 dict(scenes_train=1, train=3, evaluate=3, random_init=3, raw_pixels=1, figure=1)),
@@ -103,25 +136,30 @@ def test_only_what_depends_on_it_runs_again(finished, tmp_path, change):
 
 
 def test_depth_heads(tmp_path):
-    "A head per run and set, one random baseline for runs that differ in their norm alone; only what a setting touches is trained again."
+    """A head per run and set, one random baseline for runs that differ in their norm alone; only what a setting
+    touches is trained again."""
     fig = dict(fn_fig11_depth_maps=dict(runs=dict(ln='fn_ln', dyntanh='fn_tanh')))
-    tier = TIER | dict(depth=dict(main=dict(steps=3), other=dict(width=4, test='elsewhere/test-*.tar')), figures=TIER['figures'] | fig)
+    tier = TIER | dict(depth=dict(main=dict(steps=3), other=dict(width=4, test='elsewhere/test-*.tar')),
+                       figures=TIER['figures'] | fig)
     folder = clone(tmp_path/'tree', tier)
     (folder/'nbs/figures/fn_fig11_depth_maps.ipynb').write_text(NOTEBOOK)
     r = make(folder, 'reproduce')
     assert r.returncode == 0, r.stdout+r.stderr
     assert plan(folder) == {}
     runs = folder/'runs/tiny'
-    assert sorted(p.name for p in (runs/'baselines').glob('*depth*.json')) == [f'{r}-depth{s}.json' for r in ('fn_ln-seed0', 'fn_tanh-seed1') for s in ('-other', '')]
+    assert sorted(p.name for p in (runs/'baselines').glob('*depth*.json')) == [f'{r}-depth{s}.json'
+        for r in ('fn_ln-seed0', 'fn_tanh-seed1') for s in ('-other', '')]
     said = (runs/'fn_tanh/seed1/eval/depth-other.json').read_text()
-    assert 'depth.width=4' in said and '--test elsewhere/test-*.tar' in said and '--tier tiny' in said and 'steps' not in said
+    assert 'depth.width=4' in said and '--test elsewhere/test-*.tar' in said
+    assert '--tier tiny' in said and 'steps' not in said
     said = (runs/'baselines/fn_ln-seed0-depth.json').read_text()
     assert 'fn_tiny_layernorm.yaml' in said and 'depth.steps=3' in said and 'runs/tiny/data/scenes/train-*.tar' in said
     changed(**tier | dict(depth=tier['depth'] | dict(main=dict(steps=4))))(folder)
     assert plan(folder) == dict(depth=3, random_depth=2, figure=1)
-    changed(**tier | dict(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(settings={'encoder.depth': 2}))))(folder) # another trunk: two baselines more
+    # another trunk: two baselines more
+    changed(**tier | dict(runs=RUN | dict(fn_ln=RUN['fn_ln'] | dict(settings={'encoder.depth': 2}))))(folder)
     assert plan(folder)['random_depth'] == 4 and plan(folder)['depth'] == 2
-    edited('jepa_nb/depth.py', lambda s: s+'#\n')(folder)
+    edited('jepa_nb/depth.py', lambda s: s+'x = 1\n')(folder)
     changed(**tier)(folder)
     assert plan(folder) == dict(depth=6, random_depth=4, figure=1)
 
@@ -129,19 +167,24 @@ def test_depth_heads(tmp_path):
 def test_what_is_not_there_is_left_out(tmp_path):
     "Sets under $DATA that somebody has not got cost what would read them, not the tier."
     absent = dict(train='$DATA/nyu/train-*.tar', test='$DATA/nyu/test-*.tar')
-    fig = dict(fn_fig11_depth_maps=dict(runs=dict(ln='fn_ln'), params=dict(images=2)), b=dict(params=dict(images=3, data='$DATA/photos/*.tar')))
-    folder = clone(tmp_path/'tree', TIER | dict(depth=dict(main=absent), ood=dict(runs=['fn_ln'], far=absent), figures=TIER['figures'] | fig))
+    fig = dict(fn_fig11_depth_maps=dict(runs=dict(ln='fn_ln'), params=dict(images=2)),
+               b=dict(params=dict(images=3, data='$DATA/photos/*.tar')))
+    folder = clone(tmp_path/'tree', TIER | dict(depth=dict(main=absent), ood=dict(runs=['fn_ln'], far=absent),
+                                                figures=TIER['figures'] | fig))
     (folder/'nbs/figures/fn_fig11_depth_maps.ipynb').write_text(NOTEBOOK)
     (folder/'nbs/figures/b.ipynb').write_text(NOTEBOOK.replace('"images', '"data = None\\n", "images'))
     r = make(folder, 'dry', DATA='elsewhere')
-    for said in ('depth head main: left out, there is no elsewhere/nyu/test-*.tar', 'set far: left out', 'figure b: left out, there is no elsewhere/photos/*.tar'): assert said in r.stderr, r.stdout+r.stderr
-    assert plan(folder) == dict(scenes_train=1, scenes_test=1, train=3, evaluate=3, random_init=3, raw_pixels=1, figure=1)
+    for said in ('depth head main: left out, there is no elsewhere/nyu/test-*.tar', 'set far: left out',
+                 'figure b: left out, there is no elsewhere/photos/*.tar'): assert said in r.stderr, r.stdout+r.stderr
+    assert plan(folder) == dict(scenes_train=1, scenes_test=1, train=3, evaluate=3, random_init=3, raw_pixels=1,
+                                figure=1)
 
 
 def test_a_run_that_begins_at_another(tmp_path):
     "It waits for that one, and again when that one changes; a run that is not probed costs no evaluation."
     settings = {'run.keep_at': [5]}
-    runs = dict(fn_a=RUN['fn_ln'] | dict(settings=settings, probe=False), fn_b=RUN['fn_ln'] | dict(settings=settings, probe=False, resumes=dict(run='fn_a', step=5)))
+    runs = dict(fn_a=RUN['fn_ln'] | dict(settings=settings, probe=False), fn_b=RUN['fn_ln']
+                | dict(settings=settings, probe=False, resumes=dict(run='fn_a', step=5)))
     folder = clone(tmp_path/'tree', TIER | dict(runs=runs, figures=dict(b=dict(params=dict(images=3)))))
     assert plan(folder) == dict(scenes_train=1, scenes_test=1, train=2, raw_pixels=1, figure=1)
     r = make(folder, 'reproduce')
@@ -154,16 +197,20 @@ def test_a_run_that_begins_at_another(tmp_path):
 
 def test_other_data_sets(tmp_path):
     "One job a run evaluates it on all sets; a changed question is asked again, and nothing else."
-    tier = TIER | dict(ood=dict(runs=['fn_tanh'], count=dict(target='count'), odd=dict(data='elsewhere', protocol='ood_step')))
+    tier = TIER | dict(ood=dict(runs=['fn_tanh'], count=dict(target='count'),
+                                odd=dict(data='elsewhere', protocol='ood_step')))
     folder = clone(tmp_path/'tree', tier)
     r = make(folder, 'reproduce')
     assert r.returncode == 0, r.stdout+r.stderr
     assert plan(folder) == {}
     runs = folder/'runs/tiny'
-    assert sorted(p.name for p in (runs/'fn_tanh/seed1/eval').iterdir()) == ['count.json', 'odd.json', 'probe.json'] and not (runs/'fn_ln/seed0/eval/odd.json').exists()
-    assert sorted(p.name for p in (runs/'baselines').glob('*-odd.json')) == ['fn_tanh-seed0-odd.json', 'fn_tanh-seed1-odd.json', 'pixels-odd.json']
+    assert sorted(p.name for p in (runs/'fn_tanh/seed1/eval').iterdir()) == ['count.json', 'odd.json',
+        'probe.json'] and not (runs/'fn_ln/seed0/eval/odd.json').exists()
+    assert sorted(p.name for p in (runs/'baselines').glob('*-odd.json')) == ['fn_tanh-seed0-odd.json',
+        'fn_tanh-seed1-odd.json', 'pixels-odd.json']
     said = (runs/'fn_tanh/seed1/eval/odd.json').read_text()
-    assert '--sets params/tiny.yaml' in said and 'runs/tiny/data/scenes/train-*.tar' in said and '--tier tiny' in said
+    assert 'odd: {data: elsewhere, protocol: ood_step}' in said
+    assert 'runs/tiny/data/scenes/train-*.tar' in said and '--tier tiny' in said
     changed(**tier | dict(ood=tier['ood'] | dict(count=dict(target='dist', cuts='scenes'))))(folder)
     assert plan(folder) == dict(ood=2, random_ood=2, pixels_ood=1)
 
@@ -178,16 +225,23 @@ def test_poolings(tmp_path):
     assert r.returncode == 0, r.stdout+r.stderr
     assert plan(folder) == {}
     files = sorted(p.name for p in (folder/'runs/tiny/fn_tanh/seed1/eval').glob('pool*'))
-    assert files == ['pool-1-1.json', 'pool-4-2.json', 'pool-4-4.json', 'pool-off.json'] and not list((folder/'runs/tiny/fn_ln/seed0/eval').glob('pool*'))
+    assert files == ['pool-1-1.json', 'pool-4-2.json', 'pool-4-4.json',
+                     'pool-off.json'] and not list((folder/'runs/tiny/fn_ln/seed0/eval').glob('pool*'))
     said = (folder/'runs/tiny/fn_tanh/seed1/eval/pool-4-2.json').read_text()
-    assert '--train-images 50' in said and '--layers last' in said and '--epochs 2' in said and said.count('--condition') == 4
+    assert 'eval.train_images=50 ' in said and 'eval.layers=last' in said
+    assert 'eval.epochs=2' in said and said.count('--condition') == 4
     changed(**TIER | dict(pooling=pooling | dict(grid=[[4, 4]]), figures=TIER['figures'] | fig))(folder)
     assert plan(folder) == dict(pool=2, figure=1)
 
 
 @pytest.mark.parametrize('pooling, said', [
-    (dict(grid=[[4, 4]]), 'has no run'), (dict(run='fn_tnah', grid=[[4, 4]]), 'did you mean fn_tanh?'), (dict(run='fn_tanh', grid=[[2, 4], [4, 4]]), 'the stride no larger'), (dict(run='fn_tanh', grid=[[1, 1]]), 'lacks [4, 4]'),
-    (dict(run='fn_tanh', grid=[[4, 4], [4, 4]]), 'twice'), (dict(run='fn_tanh', grid=4), 'a list of kernel and stride'), (dict(run='fn_tanh', grid=[[4, 4]], tran_images=3), 'did you mean train_images?')], ids=lambda v: v if isinstance(v, str) else '')
+    (dict(grid=[[4, 4]]), 'has no run'), (dict(run='fn_tnah', grid=[[4, 4]]), 'did you mean fn_tanh?'),
+    (dict(run='fn_tanh', grid=[[2, 4], [4, 4]]), 'the stride no larger'),
+    (dict(run='fn_tanh', grid=[[1, 1]]), 'lacks [4, 4]'),
+    (dict(run='fn_tanh', grid=[[4, 4], [4, 4]]), 'twice'),
+    (dict(run='fn_tanh', grid=4), 'a list of kernel and stride'),
+    (dict(run='fn_tanh', grid=[[4, 4]], tran_images=3), 'did you mean train_images?')], ids=lambda v: v
+    if isinstance(v, str) else '')
 def test_a_pooling_that_cannot_be(tmp_path, pooling, said):
     r = make(clone(tmp_path/'tree', TIER | dict(pooling=pooling)), 'dry')
     assert r.returncode and said in r.stdout+r.stderr
@@ -195,13 +249,15 @@ def test_a_pooling_that_cannot_be(tmp_path, pooling, said):
 
 @pytest.mark.parametrize('tier', TIERS)
 def test_tier_has_a_plan(tier):
-    r = subprocess.run([sys.executable, '-m', 'jepa_nb.cli', 'reproduce', '--tier', tier, '--dry'], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    r = subprocess.run([sys.executable, '-m', 'jepa_nb.cli', 'reproduce', '--tier', tier, '--dry'], cwd=ROOT,
+                       env=environment(), capture_output=True, text=True, timeout=300)
     assert r.returncode == 0, r.stdout+r.stderr
 
 
 def children(pid):
     "Processes below `pid`, as ps knows them."
-    rows = [line.split(None, 2) for line in subprocess.run(['ps', '-A', '-o', 'pid=,ppid=,args='], capture_output=True, text=True).stdout.splitlines()]
+    rows = [line.split(None, 2) for line in subprocess.run(['ps', '-A', '-o', 'pid=,ppid=,args='],
+                                                           capture_output=True, text=True).stdout.splitlines()]
     below = [(int(p), args) for p, q, args in rows if int(q) == pid]
     return below + [c for p, _ in below for c in children(p)]
 
@@ -221,14 +277,16 @@ def kill(pid):
 def test_killed_and_started_again_at_once(tmp_path, victim):
     folder = clone(tmp_path/'tree', TIER | dict(figures=dict(b=dict(params=dict(images=3)))))
     env = environment(STUB_STEPS='40')
-    start = lambda: subprocess.Popen(['make', 'reproduce', 'TIER=tiny', 'CORES=2'], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    start = lambda: subprocess.Popen(['make', 'reproduce', 'TIER=tiny', 'CORES=2'], cwd=folder, env=env,
+                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     steps = folder/'runs/tiny/fn_ln/seed0/steps'
     first = start()
     wait_until(lambda: steps.exists() and len(steps.read_text().split()) > 5)
     tree = children(first.pid)
     launcher, = (p for p, args in tree if 'jepa_nb.cli reproduce' in args)
     snakemake, = (p for p, args in tree if '-m snakemake' in args)
-    for pid in dict(make=[first.pid], launcher=[launcher], snakemake=[snakemake], all=[first.pid, *(p for p, _ in tree)])[victim]: kill(pid)
+    for pid in dict(make=[first.pid], launcher=[launcher], snakemake=[snakemake],
+                    all=[first.pid, *(p for p, _ in tree)])[victim]: kill(pid)
     second = start()
     out, _ = second.communicate(timeout=300)
     first.communicate(timeout=120)
@@ -243,7 +301,8 @@ def test_killed_and_started_again_at_once(tmp_path, victim):
 
 def test_second_start_says_who_is_at_work(tmp_path):
     folder = clone(tmp_path/'tree')
-    first = subprocess.Popen(['make', 'reproduce', 'TIER=tiny'], cwd=folder, env=environment(STUB_STEPS='80'), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(['make', 'reproduce', 'TIER=tiny'], cwd=folder, env=environment(STUB_STEPS='80'),
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_until(lambda: (folder/'runs/tiny/fn_ln/seed0/steps').exists())
     r = make(folder, 'reproduce')
     pid = (folder/'.run.lock').read_text()

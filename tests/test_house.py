@@ -1,17 +1,18 @@
-"What the house promises, and a notebook cannot say about itself."
+"Rules for the repository as a whole: export, imports, names, sizes, style, settings."
 import ast
 import json
 import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 import yaml
 from conftest import BIN, ROOT
 
 NOTEBOOKS = [p for p in sorted((ROOT/'nbs').rglob('[!_.]*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
-ROOMS = {m.group(2): int(m.group(1)) for p in NOTEBOOKS if (m := re.match(r'(\d\d)_(\w+)$', p.stem))}
+MODULES = {m.group(2): int(m.group(1)) for p in NOTEBOOKS if (m := re.match(r'(\d\d)_(\w+)$', p.stem))}
 by_name = pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
 
 
@@ -20,7 +21,8 @@ def test_export_is_fresh(tmp_path):
     shutil.copytree(ROOT/'nbs', tmp_path/'nbs')
     (tmp_path/'jepa_nb').mkdir()
     subprocess.run([BIN/'nbdev_export'], cwd=tmp_path, check=True)
-    library, exported = ({str(p.relative_to(d)): p.read_text() for p in (d/'jepa_nb').rglob('*.py')} for d in (ROOT, tmp_path))
+    library, exported = ({str(p.relative_to(d)): p.read_text() for p in (d/'jepa_nb').rglob('*.py')}
+                         for d in (ROOT, tmp_path))
     assert sorted(library) == sorted(exported)
     assert [k for k in library if library[k] != exported[k]] == [], 'run nbdev_export'
 
@@ -35,6 +37,23 @@ def test_notebook_is_clean(notebook, tmp_path):
     shutil.copy(notebook, copy)
     subprocess.run([BIN/'nbdev_clean', '--fname', copy], cwd=ROOT, check=True)
     assert copy.read_text() == notebook.read_text(), 'run nbdev_clean'
+    outputs = json.dumps([c.get('outputs') for c in nb['cells']])
+    assert not (m := re.search(r'(?<![\w.])/(home|root|tmp|work|Users|mnt)/\w+',
+                               outputs)), f'path of a machine: {m.group()}'
+
+
+def test_notebooks_are_named_as_they_are():
+    "Notebooks that prose and comments mention or link to, `23_model` or nbs/23_model.ipynb, exist."
+    others = (p for d in ('tests', 'workflow', 'params') for p in (ROOT/d).rglob('*.*'))
+    files = [ROOT/'README.md', ROOT/'RESULTS.md', *NOTEBOOKS, *others]
+    stale = set()
+    for path in (p for p in files if p.suffix in ('.md', '.ipynb', '.py', '.yaml')):
+        names = re.findall(r'[`(/](\d\d_[a-z_]+)(?=[`)#]|\.ipynb)', path.read_text())
+        stale |= {f'{path.relative_to(ROOT)}: {n}' for n in names if not (ROOT/f'nbs/{n}.ipynb').is_file()}
+    assert not stale
+
+
+def tree_of(module): return ast.parse((ROOT/f'jepa_nb/{module}.py').read_text())
 
 
 def imports(tree):
@@ -43,11 +62,73 @@ def imports(tree):
         if isinstance(n, ast.ImportFrom): yield '.'*n.level+(n.module or '')
 
 
-@pytest.mark.parametrize('room', ROOMS)
-def test_imports_point_backwards(room):
-    for name in imports(ast.parse((ROOT/f'jepa_nb/{room}.py').read_text())):
+@pytest.mark.parametrize('module', MODULES)
+def test_imports_point_backwards(module):
+    for name in imports(tree_of(module)):
         other = re.match(r'(?:jepa_nb|\.)\.?(\w+)', name)
-        if other and other.group(1) in ROOMS: assert ROOMS[other.group(1)] < ROOMS[room], f'{room} imports {name}'
+        if other and other.group(1) in MODULES:
+            assert MODULES[other.group(1)] < MODULES[module], f'{module} imports {name}'
+
+
+def public_names(tree):
+    "Functions, classes and constants of a module, those without a leading underscore."
+    for n in tree.body:
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)): names = [n.name]
+        elif isinstance(n, ast.Assign): names = [x.id for t in n.targets for x in ast.walk(t)
+                                                 if isinstance(x, ast.Name)]
+        elif isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name): names = [n.target.id]
+        else: names = []
+        yield from (x for x in names if not x.startswith('_'))
+
+
+def test_a_public_name_is_defined_once():
+    where = defaultdict(set)
+    for module in MODULES:
+        for name in public_names(tree_of(module)): where[name].add(module)
+    assert {k: sorted(v) for k, v in where.items() if len(v) > 1} == {}
+
+
+LINES, BODY, PARAMETERS = 500, 40, 8 # of a module, a function, a signature
+LONG_MODULES = {'scenes': 'the renderers of five styles share their primitives'}
+LARGE = { # functions that may be larger: module.name -> why
+    'model.Encoder.__init__': 'its parameters are the fields of EncoderConfig: Encoder(**vars(cfg.encoder))',
+    'model.Predictor.__init__': 'its parameters are the fields of PredictorConfig',
+    'jepa.repeat_and_drop': 'the settings of ObjectiveConfig and the row that they apply to',
+    'train.train': 'one loop, read from above: batch, loss, backward, step, teacher, log, save',
+    'frozen.extract': 'the one extractor: what is shown, what is read, and how it is batched',
+    'probes.fit_linear': 'the settings of a solver, which papers report one by one',
+    'probes.linear_probe': 'features and labels of two splits, and the settings of `fit_linear`',
+    'figure_files.save_figure': 'what a figure consists of, and what its provenance consists of',
+    'writing.shards_from_scenes': 'the options of `jepa_nb data scenes`',
+    'sets.shards_from_public': 'the options of `jepa_nb data NAME`',
+}
+
+
+def functions(node, prefix):
+    "Functions of a tree with their dotted names."
+    for n in ast.iter_child_nodes(node):
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)):
+            name = f'{prefix}.{n.name}'
+            if isinstance(n, ast.FunctionDef): yield name, n
+            yield from functions(n, name)
+        else: yield from functions(n, prefix)
+
+
+def is_command(f): return any('command' in ast.unparse(d) for d in f.decorator_list) # click hands over its options
+
+
+def test_modules_and_functions_are_small():
+    long = {m for m in MODULES if len((ROOT/f'jepa_nb/{m}.py').read_text().splitlines()) > LINES}
+    assert long == set(LONG_MODULES), f'modules of more than {LINES} lines, and those that may have them'
+    large = {}
+    for module in MODULES:
+        for name, f in functions(tree_of(module), module):
+            a = f.args
+            lines = f.end_lineno-f.lineno+1
+            n = len([x for x in a.posonlyargs+a.args+a.kwonlyargs if x.arg not in ('self', 'cls', 'ctx')])
+            if lines > BODY or n > PARAMETERS and not is_command(f): large[name] = f'{lines} lines, {n} parameters'
+    assert set(large) == set(LARGE), {k: v for k, v in large.items()
+                                      if k not in LARGE} or 'LARGE names functions that are not'
 
 
 def test_ruff_is_silent():
@@ -56,23 +137,27 @@ def test_ruff_is_silent():
 
 
 def test_library_needs_no_workbook():
-    "Every module imports where there is no nbdev, Jupyter, scikit-learn, pandas or pytest; workers can be forked and spawned from it."
+    """Every module imports where there is no nbdev, Jupyter, scikit-learn, pandas or pytest; workers can be forked and
+    spawned from it."""
     code = '''
 import importlib, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split('.')[0] in BANNED: raise ImportError(f'{name} is not for the library')
-BANNED = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'ipywidgets', 'jupyter_client', 'nbformat', 'papermill', 'snakemake', 'sklearn', 'pandas', 'seaborn', 'pytest', 'scipy'}
+BANNED = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'ipywidgets', 'jupyter_client', 'nbformat',
+          'papermill', 'snakemake', 'sklearn', 'pandas', 'seaborn', 'pytest', 'scipy'}
 sys.meta_path.insert(0, Refuse())
 import jepa_nb
-for m in ROOMS: importlib.import_module(f'jepa_nb.{m}')
+for m in MODULES: importlib.import_module(f'jepa_nb.{m}')
 assert not BANNED & {n.split('.')[0] for n in sys.modules}
 '''
-    r = subprocess.run([sys.executable, '-c', f'ROOMS = {list(ROOMS)!r}\n{code}'], cwd=ROOT, capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-c', f'MODULES = {list(MODULES)!r}\n{code}'], cwd=ROOT, capture_output=True,
+                       text=True)
     assert r.returncode == 0, r.stderr
 
 
-@pytest.mark.parametrize('path', sorted((ROOT/'params').rglob('*.yaml')), ids=lambda p: str(p.relative_to(ROOT/'params')))
+@pytest.mark.parametrize('path', sorted((ROOT/'params').rglob('*.yaml')),
+                         ids=lambda p: str(p.relative_to(ROOT/'params')))
 def test_numbers_are_numbers(path):
     "YAML 1.1 reads 1e-3 as a text; 1.0e-3 is a number."
     def walk(v):

@@ -1,13 +1,15 @@
-"""Everyone else's models give the features that ours give, on random weights; and what a convert says and writes.
+"""Converted checkpoints give the features that transformers and timm compute, on random weights; what `convert` writes.
 
-`pip install '.[interop]'` brings transformers. timm is not in it: it needs torchvision, whose builds each want one exact torch. What is missing is skipped.
-The notebook tests the same doors against a ViT written out by hand, in every run. Tested with transformers 5.24.0 and timm 1.0.31."""
+`pip install '.[interop]'` installs transformers. timm is not in it: it needs torchvision, whose builds each require one
+exact torch. What is missing is skipped. The notebooks test the same conversions against a ViT written out by hand, in
+every run. Tested with transformers 5.24.0 and timm 1.0.31."""
 import contextlib
 import importlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,9 +22,11 @@ from torch.testing import assert_close
 
 from jepa_nb.checkpoint import export_checkpoint, open_run
 from jepa_nb.conditioning import inference_conditioning
+from jepa_nb.eval_config import EvalConfig, RankConfig
 from jepa_nb.evaluate import evaluate, rank_checkpoints
-from jepa_nb.features import encode, extract, image_tokens
+from jepa_nb.features import image_tokens
 from jepa_nb.formats import InteropError
+from jepa_nb.frozen import encode, extract
 from jepa_nb.interop import convert, read_any
 from jepa_nb.layers import sincos2d, sincos_table
 from jepa_nb.model import interpolate_pos_embed
@@ -33,8 +37,10 @@ from jepa_nb.sources import open_source
 from jepa_nb.train import train
 
 PLAIN = dict(position='sincos', qk_norm=False, attn_bias=True, norm_eps=1e-6, gelu='exact', pixels='imagenet')
-SIZES = [dict(patch=16, dim=48, depth=3, heads=3, side=224), dict(patch=14, dim=64, depth=2, heads=2, side=112), dict(patch=16, dim=192, depth=12, heads=3, side=224),
-         dict(patch=8, dim=32, depth=2, heads=4, side=96, hidden=88)] # the last: the MLP of ViT-g is not four times as wide either
+SIZES = [dict(patch=16, dim=48, depth=3, heads=3, side=224), dict(patch=14, dim=64, depth=2, heads=2, side=112),
+         dict(patch=16, dim=192, depth=12, heads=3, side=224),
+         # the last: the MLP of ViT-g is not four times as wide either
+         dict(patch=8, dim=32, depth=2, heads=4, side=96, hidden=88)]
 sizes = pytest.mark.parametrize('size', SIZES, ids=lambda s: f"{s['patch']}-{s['dim']}-{s['depth']}-{s['side']}")
 
 
@@ -42,14 +48,17 @@ sizes = pytest.mark.parametrize('size', SIZES, ids=lambda s: f"{s['patch']}-{s['
 def hf():
     transformers = pytest.importorskip('transformers', reason="transformers is not installed: pip install '.[interop]'")
     try: transformers.IJepaModel
-    except Exception as e: pytest.skip(f"transformers cannot load its I-JEPA here: {type(e).__name__}: {str(e).splitlines()[0]}") # a torchvision beside another torch
+    # a torchvision beside another torch
+    except Exception as e:
+        pytest.skip(f"transformers cannot load its I-JEPA here: {type(e).__name__}: {str(e).splitlines()[0]}")
     return transformers
 
 
 @pytest.fixture
 def timm():
     try: timm = importlib.import_module('timm')
-    except Exception as e: pytest.skip(f"timm cannot be imported here: {type(e).__name__}: {str(e).splitlines()[0]}") # its torchvision refuses another torch with a RuntimeError
+    # its torchvision refuses another torch with a RuntimeError
+    except Exception as e: pytest.skip(f"timm cannot be imported here: {type(e).__name__}: {str(e).splitlines()[0]}")
     return timm
 
 
@@ -57,11 +66,14 @@ def randomise(model, seed=0):
     "Every tensor random and of use; a start at zero would hide a bias that was forgotten."
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for n, p in model.named_parameters(): p.copy_(torch.randn(p.shape, generator=g)*(.5/p[0].numel()**.5 if p.ndim > 1 else .2) + (1. if 'norm' in n and n.endswith('weight') else 0.))
+        for n, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=g)*(.5/p[0].numel()**.5 if p.ndim > 1 else .2)
+                    + (1. if 'norm' in n and n.endswith('weight') else 0.))
     return model.eval()
 
 
-def pictures(side, n=2): return torch.randint(256, (n, side, side, 3), generator=torch.Generator().manual_seed(side), dtype=torch.uint8)
+def pictures(side, n=2):
+    return torch.randint(256, (n, side, side, 3), generator=torch.Generator().manual_seed(side), dtype=torch.uint8)
 
 
 def pixels(images):
@@ -71,9 +83,11 @@ def pixels(images):
 
 def their_model(hf, size, cls='IJepaModel', eps=1e-6):
     s = dict(hidden=4*size['dim']) | size
-    cfg = hf.IJepaConfig(hidden_size=s['dim'], num_hidden_layers=s['depth'], num_attention_heads=s['heads'], intermediate_size=s['hidden'], image_size=s['side'], patch_size=s['patch'], layer_norm_eps=eps)
+    cfg = hf.IJepaConfig(hidden_size=s['dim'], num_hidden_layers=s['depth'], num_attention_heads=s['heads'],
+                         intermediate_size=s['hidden'], image_size=s['side'], patch_size=s['patch'], layer_norm_eps=eps)
     model, n = randomise(getattr(hf, cls)(cfg)), s['side']//s['patch']
-    getattr(model, 'ijepa', model).embeddings.position_embeddings.data = sincos2d(positions((n, n)), sincos_table(s['dim']))[None]
+    getattr(model, 'ijepa', model).embeddings.position_embeddings.data = sincos2d(positions((n, n)),
+                                                                                  sincos_table(s['dim']))[None]
     return model
 
 
@@ -81,10 +95,13 @@ def our_run(size, out, condition=None, **encoder):
     "A run of two steps, so that there is a checkpoint, with weights that are all random."
     s, n = size, size['side']//size['patch']
     cfg = make_config(dict(
-        data=dict(images=8, side=s['side']), scale=dict(kind='crop', max_side=n), masks=dict(kind='multiblock'), pack=dict(rows=2, pool=1, image=n*n, context=n*n, target=4*(n*n//3), static=False),
-        encoder=dict({k:s[k] for k in ('patch', 'dim', 'depth', 'heads')}, **PLAIN | dict(mlp_ratio=s.get('hidden', 4*s['dim'])/s['dim']) | encoder),
+        data=dict(images=8, side=s['side']), scale=dict(kind='crop', max_side=n), masks=dict(kind='multiblock'),
+                           pack=dict(rows=2, pool=1, image=n*n, context=n*n, target=4*(n*n//3), static=False),
+        encoder=dict({k:s[k] for k in ('patch', 'dim', 'depth', 'heads')},
+                     **PLAIN | dict(mlp_ratio=s.get('hidden', 4*s['dim'])/s['dim']) | encoder),
         condition=condition or {},
-        predictor=dict(dim=24 if 24%s['heads'] == 0 else 32, depth=1, heads=s['heads'], **{k:v for k, v in PLAIN.items() if k != 'pixels'}),
+        predictor=dict(dim=24 if 24%s['heads'] == 0 else 32, depth=1, heads=s['heads'],
+                       **{k:v for k, v in PLAIN.items() if k != 'pixels'}),
         run=dict(steps=1, log_every=1, device='cpu', threads=1, matmul='highest', name='mine')))
     train(cfg, out, progress=False)
     return out
@@ -100,7 +117,8 @@ def test_hugging_face_in(hf, size, tmp_path):
     model.save_pretrained(tmp_path/'hf')
     convert(tmp_path/'hf', tmp_path/'run')
     ours, images = open_run(tmp_path/'run', parts=('teacher',))[0].teacher, pictures(size['side'])
-    with torch.no_grad(): assert_close(ours(image_tokens(images, size['patch'])), features(model, images), atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        assert_close(ours(image_tokens(images, size['patch'])), features(model, images), atol=1e-5, rtol=1e-5)
 
 
 @sizes
@@ -111,7 +129,8 @@ def test_hugging_face_out(hf, size, tmp_path):
     assert not any(info.values()), info
     assert model.config.layer_norm_eps == 1e-6
     ours, images = open_run(tmp_path/'run')[0].teacher, pictures(size['side'])
-    with torch.no_grad(): assert_close(features(model.eval(), images), ours(image_tokens(images, size['patch'])), atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        assert_close(features(model.eval(), images), ours(image_tokens(images, size['patch'])), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize('side', [64, 96, 112, 224, 256, 448])
@@ -134,7 +153,8 @@ def test_their_epsilon_and_gelu(hf, tmp_path):
     model, images = hf.IJepaModel.from_pretrained(tmp_path/'hf').eval(), pictures(96)
     jepa, cfg = open_run(convert(tmp_path/'hf', tmp_path/'run'), parts=('teacher',))
     assert (cfg.encoder.norm_eps, cfg.encoder.gelu) == (1e-12, 'tanh')
-    with torch.no_grad(): assert_close(jepa.teacher(image_tokens(images, 8)), features(model, images), atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        assert_close(jepa.teacher(image_tokens(images, 8)), features(model, images), atol=1e-5, rtol=1e-5)
     again = hf.IJepaModel.from_pretrained(convert(tmp_path/'run', tmp_path/'again', to='hf')).eval()
     assert torch.equal(features(again, images), features(model, images))
 
@@ -149,16 +169,17 @@ def test_classifier_and_names_of_both_generations(hf, tmp_path):
     (tmp_path/'memory/config.json').write_text((tmp_path/'disk/config.json').read_text())
     if int(hf.__version__.split('.')[0]) >= 5: assert set(model.state_dict()) != disk
     for name in ('disk', 'memory'):
-        said = []
-        ours = open_run(convert(tmp_path/name, tmp_path/f'{name}_run', say=said.append), parts=('teacher',))[0].teacher
-        with torch.no_grad(): assert_close(ours(image_tokens(images, 8)), features(model.ijepa, images), atol=1e-5, rtol=1e-5)
-        assert any('left out: classifier.weight' in line for line in said)
+        lines = []
+        ours = open_run(convert(tmp_path/name, tmp_path/f'{name}_run', say=lines.append), parts=('teacher',))[0].teacher
+        with torch.no_grad():
+            assert_close(ours(image_tokens(images, 8)), features(model.ijepa, images), atol=1e-5, rtol=1e-5)
+        assert any('left out: classifier.weight' in line for line in lines)
 
 
 def test_shards(hf, tmp_path):
     their_model(hf, SIZES[2]).save_pretrained(tmp_path/'hf', max_shard_size='5MB')
     assert len(list((tmp_path/'hf').glob('*.safetensors'))) > 1
-    assert read_any(tmp_path/'hf').sizes.depth == 12
+    assert read_any(tmp_path/'hf').spec.depth == 12
     next((tmp_path/'hf').glob('*.safetensors')).unlink()
     with pytest.raises(InteropError, match='has no tensor|says 12'): read_any(tmp_path/'hf')
 
@@ -166,38 +187,44 @@ def test_shards(hf, tmp_path):
 @pytest.mark.parametrize('side, wide', [(64, 96), (64, 48)])
 def test_a_fresh_model_has_random_positions(hf, side, wide, tmp_path):
     "They are kept, stretched as theirs are, and go back as they came."
-    model = randomise(hf.IJepaModel(hf.IJepaConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=64, image_size=side, layer_norm_eps=1e-6)))
+    model = randomise(hf.IJepaModel(hf.IJepaConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=3,
+                                                   intermediate_size=64, image_size=side, layer_norm_eps=1e-6)))
     model.save_pretrained(tmp_path/'hf')
-    said = []
-    run = convert(tmp_path/'hf', tmp_path/'run', say=said.append)
+    lines = []
+    run = convert(tmp_path/'hf', tmp_path/'run', say=lines.append)
     ours = open_run(run, parts=('teacher',))[0].teacher
-    assert any('they were learned, and are kept' in line for line in said)
+    assert any('they were learned, and are kept' in line for line in lines)
     images, others = pictures(side), pictures(wide)
     with torch.no_grad():
         assert_close(ours(image_tokens(images, 16)), features(model, images), atol=1e-5, rtol=1e-5)
-        assert_close(interpolate_pos_embed(ours, 4, wide//16)(image_tokens(others, 16)), features(model, others, interpolate_pos_encoding=True), atol=1e-5, rtol=1e-5)
-        with pytest.raises(ValueError, match='positions are a table of 4x4 patches') if wide > side else contextlib.nullcontext(): ours(image_tokens(others, 16))
+        assert_close(interpolate_pos_embed(ours, 4, wide//16)(image_tokens(others, 16)),
+                     features(model, others, interpolate_pos_encoding=True), atol=1e-5, rtol=1e-5)
+        refused = pytest.raises(ValueError, match='position embeddings are for 4x4 patches')
+        with refused if wide > side else contextlib.nullcontext(): ours(image_tokens(others, 16))
     back = hf.IJepaModel.from_pretrained(convert(run, tmp_path/'back', to='hf')).eval()
     assert torch.equal(features(back, images), features(model, images))
     official = open_run(convert(convert(run, tmp_path/'x.pth.tar'), tmp_path/'again'), parts=('teacher',))[0].teacher
     with torch.no_grad(): assert torch.equal(official(image_tokens(images, 16)), ours(image_tokens(images, 16)))
     train_on, test_on = (open_source('scenes', images=40, side=wide, split=s) for s in ('train', 'test'))
-    r = evaluate(run, train_on, test_on, side=wide, layers='last', progress=False)
+    r = probe(run, train_on, test_on, side=wide, layers='last')
     assert r['stretched'] is True # nothing can be computed on
-    with pytest.raises(ConfigError, match='position=table'): convert(tmp_path/'hf', tmp_path/'no', condition='positions')
+    with pytest.raises(ConfigError, match='position=table'):
+        convert(tmp_path/'hf', tmp_path/'no', condition='positions')
 
 
 def test_learned_positions_are_trained(tmp_path):
     run = our_run(SIZES[3], tmp_path/'run', position='table', grid=12)
     jepa = open_run(run)[0]
-    assert jepa.encoder.pos_embed.shape == (12, 12, 32) and not torch.equal(jepa.encoder.pos_embed, jepa.teacher.pos_embed)
+    assert jepa.encoder.pos_embed.shape == (12, 12, 32) and not torch.equal(jepa.encoder.pos_embed,
+        jepa.teacher.pos_embed)
 
 
 def test_their_image_processor_says_imagenet(hf, tmp_path):
     our_run(SIZES[3], tmp_path/'run')
     convert(tmp_path/'run', tmp_path/'hf', to='hf')
     try: processor = hf.AutoImageProcessor.from_pretrained(tmp_path/'hf')
-    except (ImportError, ValueError) as e: pytest.skip(f"its image processors cannot be had here: {str(e).strip().splitlines()[0]}")
+    except (ImportError, ValueError) as e:
+        pytest.skip(f"its image processors cannot be had here: {str(e).strip().splitlines()[0]}")
     images = pictures(96)
     got = processor(list(images.permute(0, 3, 1, 2)), return_tensors='pt')['pixel_values']
     assert_close(got, pixels(images), atol=1e-5, rtol=1e-5)
@@ -215,12 +242,14 @@ def test_timm(timm, size, tmp_path):
         assert_close(model.forward_features(pixels(images)), z, atol=1e-5, rtol=1e-5)
         assert_close(model(pixels(images)), z.mean(1), atol=1e-5, rtol=1e-5)
         late = timm.models.vision_transformer.VisionTransformer(**args | dict(fc_norm=True, num_classes=0)).eval()
-        late.load_state_dict({k.replace('norm.', 'fc_norm.') if k.startswith('norm.') else k:v for k, v in model.state_dict().items()})
+        late.load_state_dict({k.replace('norm.', 'fc_norm.') if k.startswith('norm.') else k:v
+                              for k, v in model.state_dict().items()})
         assert (late(pixels(images)) - z.mean(1)).abs().max() > 1e-3 # the norm behind the pooling is another feature
     timm.models.save_for_hf(model, tmp_path/'theirs', model_args=args, safe_serialization=True)
     save_file(late.state_dict(), tmp_path/'late.safetensors')
     for found in (read_any(tmp_path/'theirs'), read_any(tmp_path/'late.safetensors', size['heads'])):
-        assert found.sizes.heads == size['heads'] and torch.equal(found.parts['teacher']['norm.weight'], ours.norm.weight)
+        assert found.spec.heads == size['heads']
+        assert torch.equal(found.parts['teacher']['norm.weight'], ours.norm.weight)
 
 
 
@@ -228,72 +257,109 @@ def test_timm_reads_the_official_file(timm, tmp_path):
     "As it reads the authors': the context encoder."
     our_run(SIZES[0], tmp_path/'run')
     convert(tmp_path/'run', tmp_path/'x.pth.tar')
-    model = timm.models.vision_transformer.VisionTransformer(img_size=224, patch_size=16, embed_dim=48, depth=3, num_heads=3, class_token=False, global_pool='avg', fc_norm=False, num_classes=0).eval()
-    timm.models.load_checkpoint(model, str(tmp_path/'x.pth.tar'), filter_fn=timm.models.vision_transformer.checkpoint_filter_fn)
+    model = timm.models.vision_transformer.VisionTransformer(img_size=224, patch_size=16, embed_dim=48, depth=3,
+                                                             num_heads=3, class_token=False, global_pool='avg',
+                                                             fc_norm=False, num_classes=0).eval()
+    timm.models.load_checkpoint(model, str(tmp_path/'x.pth.tar'),
+                                filter_fn=timm.models.vision_transformer.checkpoint_filter_fn)
     images = pictures(224)
-    with torch.no_grad(): assert_close(model.forward_features(pixels(images)), open_run(tmp_path/'run')[0].encoder(image_tokens(images, 16)), atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        assert_close(model.forward_features(pixels(images)),
+                     open_run(tmp_path/'run')[0].encoder(image_tokens(images, 16)), atol=1e-5, rtol=1e-5)
 
 
-def jepa_nb(*words): return subprocess.run([sys.executable, '-m', 'jepa_nb.cli', *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | dict(OMP_NUM_THREADS='1'))
+FEW_SCORES = RankConfig(rank_images=20, lidar_images=10, lidar_views=3)
+
+
+def probe(run, train, test, **settings):
+    "`evaluate` with some settings."
+    return evaluate(run, train, test, EvalConfig(**settings), progress=False)
+
+
+def jepa_nb(*words):
+    return subprocess.run([sys.executable, '-m', 'jepa_nb.cli', *map(str, words)], cwd=ROOT, capture_output=True,
+                          text=True, timeout=600, env=os.environ | dict(OMP_NUM_THREADS='1'))
 
 
 def test_a_converted_checkpoint_is_evaluated_and_drawn(tmp_path):
-    "Official file -> run by the verb; then probe, features, depth and a figure that asks for an encoder, and a figure that asks for a predictor."
+    """Official file -> run by the verb; then probe, features, depth and a figure that asks for an encoder, and a
+    figure that asks for a predictor."""
     run = our_run(SIZES[3], tmp_path/'run')
     assert jepa_nb('convert', run, tmp_path/'x.pth.tar').returncode == 0
     r = jepa_nb('convert', tmp_path/'x.pth.tar', tmp_path/'whole')
-    assert r.returncode == 0 and '4 heads' in r.stdout and 'parameters' in r.stdout and r.stdout.count('sha256') == 2, r.stdout+r.stderr
-    assert jepa_nb('convert', tmp_path/'x.pth.tar', tmp_path/'hf', '--to', 'hf', '--part', 'target_encoder').returncode == 0
+    assert r.returncode == 0 and '4 heads' in r.stdout and 'parameters' in r.stdout, r.stdout+r.stderr
+    assert r.stdout.count('sha256') == 2, r.stdout+r.stderr
+    assert jepa_nb('convert', tmp_path/'x.pth.tar', tmp_path/'hf', '--to', 'hf', '--part',
+                   'target_encoder').returncode == 0
     assert jepa_nb('convert', tmp_path/'hf', tmp_path/'alone').returncode == 0
     for verb in ('eval', 'ranks', 'depth'):
         r = jepa_nb(verb, tmp_path/'whole')
-        assert r.returncode and 'was converted and has no images of its own; name some by --train and --test' in r.stderr and len(r.stderr.splitlines()) == 1, r.stderr
-    (tmp_path/'sets.yaml').write_text('ood: {here: {data: scenes, layers: last, train_images: 20, test_images: 20}, gone: {data: nowhere}}')
+        assert r.returncode, r.stderr
+        assert 'was converted and has no images of its own; name some by --train and --test' in r.stderr, r.stderr
+        assert len(r.stderr.splitlines()) == 1, r.stderr
+    here = dict(data='scenes', layers='last', train_images=20, test_images=20)
+    (tmp_path/'sets.yaml').write_text(yaml.safe_dump(dict(ood=dict(here=here, gone=dict(data='nowhere')))))
     r = jepa_nb('eval', tmp_path/'whole', '--sets', tmp_path/'sets.yaml')
-    assert r.returncode == 1 and 'gone: ' in r.stderr and not (tmp_path/'whole/eval').exists(), r.stderr # before the first is evaluated
-    few = dict(side=96, protocol='ood_step', epochs=1, train_images=8, test_images=8, progress=False)
+    # before the first is evaluated
+    assert r.returncode == 1 and 'gone: ' in r.stderr and not (tmp_path/'whole/eval').exists(), r.stderr
+    few = dict(side=96, protocol='ood_step', epochs=1)
     train_on, test_on = (open_source('scenes', images=8, side=96, split=s) for s in ('train', 'test'))
-    a, b, c = (evaluate(tmp_path/n, train_on, test_on, **few) for n in ('run', 'whole', 'alone'))
+    a, b, c = (probe(tmp_path/n, train_on, test_on, **few) for n in ('run', 'whole', 'alone'))
     assert a['acc'] == b['acc'] == c['acc'] and c['images_seen'] is None
     assert torch.equal(encode(tmp_path/'run', [pictures(96)[0]])[0], encode(tmp_path/'alone', [pictures(96)[0]])[0])
     small = export_checkpoint(tmp_path/'alone', tmp_path/'small', parts=('teacher',))
     assert encode(small, [pictures(96)[0]])[0].isfinite().all()
-    drawn = jepa_nb('figure', 'fn_features_pca', '-p', 'ln', f'[{tmp_path}/alone]', '-p', 'dyntanh', f'[{tmp_path}/whole]', '-p', 'images', 1, '-p', 'data', 'scenes', '--out', tmp_path/'pca')
+    drawn = jepa_nb('figure', 'fn_features_pca', '-p', 'ln', f'[{tmp_path}/alone]', '-p', 'dyntanh',
+                    f'[{tmp_path}/whole]', '-p', 'images', 1, '-p', 'data', 'scenes', '--out', tmp_path/'pca')
     assert drawn.returncode == 0 and (tmp_path/'pca.png').is_file(), drawn.stderr
-    lacks = jepa_nb('figure', 'fn_fig2_loss_maps', '-p', 'ln', f'[{tmp_path}/alone]', '-p', 'dyntanh', f'[{tmp_path}/alone]', '--out', tmp_path/'maps')
-    assert lacks.returncode == 1 and 'has no encoder and no predictor; it holds teacher' in lacks.stderr and len(lacks.stderr.splitlines()) == 1, lacks.stderr
+    lacks = jepa_nb('figure', 'fn_fig2_loss_maps', '-p', 'ln', f'[{tmp_path}/alone]', '-p', 'dyntanh',
+                    f'[{tmp_path}/alone]', '--out', tmp_path/'maps')
+    assert lacks.returncode == 1 and 'has no encoder and no predictor; it holds teacher' in lacks.stderr, lacks.stderr
+    assert len(lacks.stderr.splitlines()) == 1, lacks.stderr
 
 
 def test_a_conditioned_run_has_the_same_tensors(tmp_path):
-    "EC: out and back again it is told of positions as before, and without them it is what everyone else computes."
+    "EC: after a round trip it is conditioned as before; without conditioning it is what other libraries compute."
     run, images = our_run(SIZES[3], tmp_path/'run', dict(kind='positions')), open_source('scenes', images=3, side=96)
-    said = []
-    convert(run, tmp_path/'x.pth.tar', say=said.append)
-    assert any('conditioning tokens' in line for line in said)
+    lines = []
+    convert(run, tmp_path/'x.pth.tar', say=lines.append)
+    assert any('conditioning tokens' in line for line in lines)
     back = convert(tmp_path/'x.pth.tar', tmp_path/'back')
-    told, off = extract(run, images, 96, norm='behind'), extract(run, images, 96, norm='behind', condition='off')
-    assert torch.equal(extract(back, images, 96, norm='behind'), told) and torch.equal(extract(back, images, 96, norm='behind', condition='off'), off)
-    assert torch.equal(extract(convert(convert(run, tmp_path/'hf', to='hf'), tmp_path/'back_hf'), images, 96, norm='behind'), told)
+    conditioned, off = extract(run, images, 96, norm='after'), extract(run, images, 96, norm='after', condition='off')
+    assert torch.equal(extract(back, images, 96, norm='after'), conditioned)
+    assert torch.equal(extract(back, images, 96, norm='after', condition='off'), off)
+    assert torch.equal(extract(convert(convert(run, tmp_path/'hf', to='hf'), tmp_path/'back_hf'), images, 96,
+                               norm='after'), conditioned)
     plain = convert(tmp_path/'x.pth.tar', tmp_path/'plain', condition='none')
-    assert torch.equal(extract(plain, images, 96, norm='behind'), off) and torch.equal(extract(plain, images, 96, norm='behind', condition=(4, 4)), told)
-    with pytest.raises(InteropError, match='is a run, which says itself'): convert(run, tmp_path/'no.pth.tar', condition='positions')
-    torch.save(torch.load(tmp_path/'x.pth.tar', weights_only=True) | dict(condition=dict(kind='spells')), tmp_path/'odd.pth.tar')
-    with pytest.raises(InteropError, match='its entry condition cannot be read'): convert(tmp_path/'odd.pth.tar', tmp_path/'no')
-    assert not torch.allclose(told[:, -1], off[:, -1], atol=1e-4)
+    assert torch.equal(extract(plain, images, 96, norm='after'), off)
+    assert torch.equal(extract(plain, images, 96, norm='after', condition=(4, 4)), conditioned)
+    with pytest.raises(InteropError, match='is a run, whose config states its conditioning'):
+        convert(run, tmp_path/'no.pth.tar', condition='positions')
+    torch.save(torch.load(tmp_path/'x.pth.tar', weights_only=True) | dict(condition=dict(kind='spells')),
+               tmp_path/'odd.pth.tar')
+    with pytest.raises(InteropError, match='its entry condition cannot be read'):
+        convert(tmp_path/'odd.pth.tar', tmp_path/'no')
+    assert not torch.allclose(conditioned[:, -1], off[:, -1], atol=1e-4)
     our_run(SIZES[3], tmp_path/'marked', dict(kind='positions', token_embedding='type'))
-    with pytest.raises(InteropError, match='condition.token_embedding=type has weights of its own'): convert(tmp_path/'marked', tmp_path/'no', to='hf')
+    with pytest.raises(InteropError, match='condition.token_embedding=type has weights of its own'):
+        convert(tmp_path/'marked', tmp_path/'no', to='hf')
 
 
 def test_official_file_is_tensors_and_numbers(tmp_path):
-    "What we write is what the authors' reader asks for up to the weights (its optimiser comes after them), and needs no unpickling of anything else."
+    """What we write is what the authors' reader asks for up to the weights (its optimiser comes after them), and needs
+    no unpickling of anything else."""
     run = our_run(SIZES[3], tmp_path/'run')
     d = torch.load(convert(run, tmp_path/'x.pth.tar'), weights_only=True)
-    assert list(d) == ['encoder', 'target_encoder', 'predictor', 'epoch', 'loss', 'batch_size', 'world_size', 'lr', 'heads']
+    assert list(d) == ['encoder', 'target_encoder', 'predictor', 'epoch', 'loss', 'batch_size', 'world_size', 'lr',
+                       'heads']
     keys = [k.removeprefix('module.') for k in d['predictor']]
-    assert all(k.startswith('module.') for part in list(d)[:3] for k in d[part]) and keys[:3] == ['predictor_pos_embed', 'mask_token', 'predictor_embed.weight']
-    assert d['encoder']['module.pos_embed'].shape == (1, 144, 32) and d['encoder']['module.patch_embed.proj.weight'].shape == (32, 3, 8, 8)
+    assert all(k.startswith('module.') for part in list(d)[:3] for k in d[part])
+    assert keys[:3] == ['predictor_pos_embed', 'mask_token', 'predictor_embed.weight']
+    assert d['encoder']['module.pos_embed'].shape == (1, 144, 32)
+    assert d['encoder']['module.patch_embed.proj.weight'].shape == (32, 3, 8, 8)
     origin = json.loads((convert(tmp_path/'x.pth.tar', tmp_path/'back')/'origin.json').read_text())
-    assert origin['source'] == 'x.pth.tar' and origin['format'] == 'ijepa' and set(origin['parts']) == {'encoder', 'teacher', 'predictor'}
+    assert origin['source'] == 'x.pth.tar' and origin['format'] == 'ijepa'
+    assert set(origin['parts']) == {'encoder', 'teacher', 'predictor'}
     assert yaml.safe_load((tmp_path/'back/config.yaml').read_text())['masks']['kind'] == 'multiblock'
     half = {k:{n:t.bfloat16() for n, t in v.items()} if isinstance(v, dict) else v for k, v in d.items()}
     torch.save(half, tmp_path/'half.pth')
@@ -301,37 +367,49 @@ def test_official_file_is_tensors_and_numbers(tmp_path):
 
 
 def test_a_file_with_one_network(tmp_path):
-    "A bare state dict, as many save their encoder, is read like any plain ViT; a file with the student alone says how it is asked for."
+    """A bare state dict, as many save their encoder, is read like any plain ViT; a file with the student alone says
+    how it is asked for."""
     run = our_run(SIZES[3], tmp_path/'run')
     d = torch.load(convert(run, tmp_path/'x.pth.tar'), weights_only=True)
-    for name, tensors in (('bare', d['target_encoder']), ('plain', {k.removeprefix('module.'):v for k, v in d['target_encoder'].items()})):
+    for name, tensors in (('bare', d['target_encoder']),
+                          ('plain', {k.removeprefix('module.'):v for k, v in d['target_encoder'].items()})):
         torch.save(tensors, tmp_path/f'{name}.pth')
         back = convert(tmp_path/f'{name}.pth', tmp_path/name, heads=4)
         assert torch.equal(encode(back, [pictures(96)[0]])[0], encode(run, [pictures(96)[0]])[0])
     torch.save(dict(encoder=d['encoder']), tmp_path/'student.pth.tar')
-    with pytest.raises(InteropError, match='has no target_encoder; it has encoder; --part encoder takes that'): convert(tmp_path/'student.pth.tar', tmp_path/'no', heads=4)
-    assert not (tmp_path/'no').exists() and convert(tmp_path/'student.pth.tar', tmp_path/'yes', heads=4, part='encoder').is_dir()
+    with pytest.raises(InteropError, match='has no target_encoder; it has encoder; --part encoder takes that'):
+        convert(tmp_path/'student.pth.tar', tmp_path/'no', heads=4)
+    assert not (tmp_path/'no').exists()
+    assert convert(tmp_path/'student.pth.tar', tmp_path/'yes', heads=4, part='encoder').is_dir()
     torch.save(d | dict(loss=np.float64(.3), lr=np.float32(1e-3), epoch=np.int64(7)), tmp_path/'numpy.pth.tar')
     assert convert(tmp_path/'numpy.pth.tar', tmp_path/'numpy').is_dir()
-    torch.save(d | dict(loss=np.array([print], dtype=object)), tmp_path/'object.pth.tar') # an array of anything is no number
-    with pytest.raises(InteropError, match='refused, nothing in it was run'): convert(tmp_path/'object.pth.tar', tmp_path/'no')
+    # an array of anything is no number
+    torch.save(d | dict(loss=np.array([print], dtype=object)), tmp_path/'object.pth.tar')
+    with pytest.raises(InteropError, match='refused, nothing in it was run'):
+        convert(tmp_path/'object.pth.tar', tmp_path/'no')
     torch.save(dict(model=d['encoder']), tmp_path/'wrapped.pth')
-    with pytest.raises(InteropError, match='has none of encoder, target_encoder, predictor; it has model'): convert(tmp_path/'wrapped.pth', tmp_path/'no')
+    with pytest.raises(InteropError, match='has none of encoder, target_encoder, predictor; it has model'):
+        convert(tmp_path/'wrapped.pth', tmp_path/'no')
 
 
 def test_probes_at_another_size(tmp_path):
     "Positions computed on, or stretched as others do."
-    run, few = our_run(SIZES[3], tmp_path/'run', dict(kind='positions')), dict(layers='last', train_images=40, test_images=40, progress=False)
+    run, few = our_run(SIZES[3], tmp_path/'run', dict(kind='positions')), dict(layers='last', train_images=40,
+                                                                               test_images=40)
     images, test = open_source('scenes', images=40, side=128), open_source('scenes', images=40, side=128, split='test')
-    native, forced = (evaluate(run, images, test, stretch=s, **few) for s in (False, True))
-    on, over = (evaluate(run, images, test, side=128, stretch=s, **few) for s in (False, True))
-    assert native['knn'] == forced['knn'] and native['acc'] == forced['acc'] and (on['stretched'], over['stretched']) == (False, True)
+    native, forced = (probe(run, images, test, stretch=s, **few) for s in (False, True))
+    on, over = (probe(run, images, test, side=128, stretch=s, **few) for s in (False, True))
+    assert native['knn'] == forced['knn'] and native['acc'] == forced['acc']
+    assert (on['stretched'], over['stretched']) == (False, True)
     teacher = open_run(run, parts=('teacher',))[0].teacher
     for r, encoder in ((on, teacher), (over, interpolate_pos_embed(teacher, 12, 16))):
-        seen = [t for s in (images, test) for t in (extract(encoder, s, 128, depths=[2], norm='behind')[:, 0], torch.as_tensor(s.labels))]
+        seen = [t for s in (images, test) for t in (extract(encoder, s, 128, depths=[2], norm='after')[:, 0],
+                                                    torch.as_tensor(s.labels))]
         assert r['knn'] == [float(knn(*seen).mean())]
-    with pytest.raises(ValueError, match='raw pixels have no positions'): evaluate('pixels', images, test, stretch=True, **few)
-    r = jepa_nb('eval', run, '--side', 128, '--stretch', '--train-images', 20, '--test-images', 20, '--train', 'scenes', '--test', 'scenes', '--layers', 'last', '--out', tmp_path/'stretched.json')
+    with pytest.raises(ValueError, match='raw pixels have no positions'):
+        probe('pixels', images, test, stretch=True, **few)
+    r = jepa_nb('eval', run, 'eval.side=128', 'eval.stretch=true', 'eval.train_images=20', 'eval.test_images=20',
+                'eval.layers=last', '--train', 'scenes', '--test', 'scenes', '--out', tmp_path/'stretched.json')
     assert r.returncode == 0 and json.loads((tmp_path/'stretched.json').read_text())['stretched'] is True, r.stderr
 
 
@@ -339,9 +417,12 @@ def test_probes_at_another_size(tmp_path):
 def test_rank_scores_of_a_converted_checkpoint(tmp_path, to):
     "Nobody says after how many updates it was written; where there is no student, what needs one is left out."
     run, images = our_run(SIZES[3], tmp_path/'run'), open_source('scenes', images=40, side=96)
-    test, back = open_source('scenes', images=20, side=96, split='test'), convert(convert(run, tmp_path/to, to=None if '.' in to else to), tmp_path/'back')
-    first, last = rank_checkpoints(back, images, test, None, rank_images=20, lidar_images=10, lidar_views=3, progress=False)['checkpoints']
-    assert first['step'] == 0 and last['step'] is None and last['rankme'] > 1 and (last['lidar_released'] is None) == (to == 'hf')
+    test, back = open_source('scenes', images=20, side=96,
+                             split='test'), convert(convert(run, tmp_path/to, to=None if '.' in to else to),
+                                                    tmp_path/'back')
+    first, last = rank_checkpoints(back, images, test, FEW_SCORES, progress=False)['checkpoints']
+    assert first['step'] == 0 and last['step'] is None and last['rankme'] > 1
+    assert (last['lidar_released'] is None) == (to == 'hf')
 
 
 def test_conditioning_pools_the_positions_that_the_encoder_has(tmp_path):
@@ -355,24 +436,34 @@ def test_conditioning_pools_the_positions_that_the_encoder_has(tmp_path):
     assert not torch.allclose(inference_conditioning(plain, row).x[0], want, atol=1e-2)
     for bad in (0, (16, 8, 2), 1.5):
         with pytest.raises((ValueError, TypeError)): interpolate_pos_embed(plain, 12, bad)
-    oblong, row = interpolate_pos_embed(plain, 12, (16, 8)), image_tokens(torch.zeros(1, 128, 64, 3, dtype=torch.uint8), 8)
-    assert_close(inference_conditioning(oblong, row).x[0], F.avg_pool2d(oblong.pos_embed.permute(2, 0, 1)[None], 4)[0].flatten(1).T)
+    oblong, row = interpolate_pos_embed(plain, 12, (16, 8)), image_tokens(torch.zeros(1, 128, 64, 3, dtype=torch.uint8),
+                                                                          8)
+    assert_close(inference_conditioning(oblong, row).x[0],
+                 F.avg_pool2d(oblong.pos_embed.permute(2, 0, 1)[None], 4)[0].flatten(1).T)
 
 
 def test_the_student_and_rank_scores_without_positions(tmp_path):
-    "What EC leaves open (which encoder is evaluated, whether scores are told of positions) can be asked either way."
-    run, images, test = our_run(SIZES[3], tmp_path/'run', dict(kind='positions')), open_source('scenes', images=40, side=96), open_source('scenes', images=20, side=96, split='test')
-    how = dict(rank_images=20, lidar_images=10, lidar_views=3, progress=False)
-    told, off = (rank_checkpoints(run, images, test, None, conditioned=c, **how) for c in (True, False))
-    assert (told['conditioned'], off['conditioned']) == (True, False)
-    assert all(a[m] != b[m] for a, b in zip(told['checkpoints'], off['checkpoints']) for m in ('rankme', 'lidar', 'rankme_released', 'lidar_released'))
+    "EC leaves open which encoder is evaluated and whether rank scores are conditioned on positions: both are options."
+    run, images = our_run(SIZES[3], tmp_path/'run', dict(kind='positions')), open_source('scenes', images=40, side=96)
+    test = open_source('scenes', images=20, side=96, split='test')
+    conditioned, off = (rank_checkpoints(run, images, test, replace(FEW_SCORES, conditioned=c), progress=False)
+                        for c in (True, False))
+    assert (conditioned['conditioned'], off['conditioned']) == (True, False)
+    assert all(a[m] != b[m] for a, b in zip(conditioned['checkpoints'], off['checkpoints'])
+               for m in ('rankme', 'lidar', 'rankme_released', 'lidar_released'))
     plain = convert(convert(run, tmp_path/'x.pth.tar'), tmp_path/'plain', condition='none')
-    as_plain = rank_checkpoints(plain, images, test, None, **how)['checkpoints'][-1]
+    as_plain = rank_checkpoints(plain, images, test, FEW_SCORES, progress=False)['checkpoints'][-1]
     assert all(off['checkpoints'][-1][m] == pytest.approx(as_plain[m], rel=1e-4) for m in ('rankme', 'lidar'))
-    d, many = torch.load(tmp_path/'x.pth.tar', weights_only=True), open_source('scenes', images=100, side=96, split='test')
-    d['encoder'] = {k: v if k.endswith('pos_embed') else v*(1+torch.randn(v.shape, generator=torch.Generator().manual_seed(1))) for k, v in d['encoder'].items()} # after so few updates it is the teacher still
+    d, many = torch.load(tmp_path/'x.pth.tar', weights_only=True), open_source('scenes', images=100, side=96,
+                                                                               split='test')
+    # after so few updates it is the teacher still
+    d['encoder'] = {k: v if k.endswith('pos_embed')
+                    else v*(1+torch.randn(v.shape, generator=torch.Generator().manual_seed(1)))
+                    for k, v in d['encoder'].items()}
     torch.save(d, tmp_path/'apart.pth.tar')
-    both, alone = convert(tmp_path/'apart.pth.tar', tmp_path/'both'), convert(tmp_path/'apart.pth.tar', tmp_path/'alone', part='encoder')
-    student, same, teacher = (evaluate(r, images, many, progress=False, **kw) for r, kw in ((both, dict(part='encoder')), (alone, {}), (both, {})))
+    both, alone = convert(tmp_path/'apart.pth.tar', tmp_path/'both'), convert(tmp_path/'apart.pth.tar',
+                                                                              tmp_path/'alone', part='encoder')
+    student, same, teacher = (probe(r, images, many, **kw)
+                              for r, kw in ((both, dict(part='encoder')), (alone, {}), (both, {})))
     found = [[r[k] for k in ('acc', 'knn', 'val_acc')] for r in (student, same, teacher)]
     assert (student['features'], teacher['features']) == ('student', 'teacher') and found[0] == found[1] != found[2]

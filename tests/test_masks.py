@@ -9,7 +9,7 @@ import torch
 from scipy.stats import chisquare
 
 from jepa_nb.config import MaskConfig
-from jepa_nb.masks import check_blocks, least_kept, multiblock_splits, reference_splits, target_sizes
+from jepa_nb.masks import check_blocks, multiblock_splits, reference_splits, resolve_min_keep, target_sizes
 
 FIXED, REFERENCE = (MaskConfig(kind='multiblock', mode=m) for m in ('fixed', 'reference'))
 
@@ -38,7 +38,8 @@ def test_reference_sizes():
 
 def test_reference_is_a_function_of_counter_and_generator():
     draw = lambda counter, seed: reference_splits(4, (14, 14), REFERENCE, counter, torch.Generator().manual_seed(seed))
-    same = lambda a, b: all(np.array_equal(s.context, t.context) and all(map(np.array_equal, s.targets, t.targets)) for s, t in zip(a, b))
+    same = lambda a, b: all(np.array_equal(s.context, t.context) and all(map(np.array_equal, s.targets, t.targets))
+                            for s, t in zip(a, b))
     assert same(draw(3, 0), draw(3, 0)) and not same(draw(3, 0), draw(3, 1))
     torch.manual_seed(5)
     a = reference_splits(4, (14, 14), REFERENCE, 3)
@@ -83,7 +84,8 @@ def test_fixed_places_are_uniform(coupled):
 
 
 def test_fixed_covers_rows_as_uniform_places_do():
-    "How often each row is in a target, against what uniform places give, and every patch is both context and target at times."
+    """How often each row is in a target, against what uniform places give, and every patch is both context and
+    target at times."""
     rng, g, draws = np.random.default_rng(1), 12, 3000
     counts, expected, context = np.zeros(g), np.zeros(g), np.zeros(g*g)
     for _ in range(draws):
@@ -103,15 +105,20 @@ def test_fixed_cut_prefers_nobody():
     "The reference's cut takes the end of every context; the random one leaves halves alike."
     rng, top, all_ = np.random.default_rng(2), 0, 0
     for _ in range(40):
-        for s in multiblock_splits(64, (14, 14), FIXED, rng): top, all_ = top+(s.context < 98).sum(), all_+len(s.context)
+        for s in multiblock_splits(64, (14, 14), FIXED,
+                                   rng): top, all_ = top+(s.context < 98).sum(), all_+len(s.context)
     assert abs(top/all_-.5) < .02
 
 
-@pytest.mark.parametrize('grid, words', [((8, 8), dict(min_keep=10)), ((8, 8), dict(mode='reference')), ((3, 3), dict(mode='reference')), ((14, 14), dict(target_scale=(.001, .002), mode='reference')),
+@pytest.mark.parametrize('grid, words', [((8, 8), dict(min_keep=10)), ((8, 8), dict(mode='reference')),
+                                         ((3, 3), dict(mode='reference')), ((14, 14),
+                                             dict(target_scale=(.001, .002), mode='reference')),
                                          ((14, 14), dict(min_keep=30))])
 def test_endless_drawing_is_refused(grid, words):
     masks = replace(FIXED, **words)
-    for draw in (lambda: multiblock_splits(2, grid, masks, np.random.default_rng(0)), lambda: reference_splits(2, grid, replace(masks, mode='reference'), 0), lambda: check_blocks(grid, masks)):
+    for draw in (lambda: multiblock_splits(2, grid, masks, np.random.default_rng(0)),
+                 lambda: reference_splits(2, grid, replace(masks, mode='reference'), 0),
+                 lambda: check_blocks(grid, masks)):
         with pytest.raises(ValueError, match=f'masks.min_keep .* on a grid of {grid[0]}x{grid[1]} patches') as e: draw()
         assert '\n' not in str(e.value)
 
@@ -119,7 +126,9 @@ def test_endless_drawing_is_refused(grid, words):
 def test_context_that_targets_cannot_leave():
     "Where targets take too much, `fixed` refuses; the authors' code gives targets up, and the context overlaps them."
     masks = replace(FIXED, target_scale=(.6, .8), target_aspect=(1., 1.), min_keep=9)
-    with pytest.raises(ValueError, match='a context may be left with 9 patches and must have more than 9'): multiblock_splits(2, (5, 5), masks, np.random.default_rng(0))
+    with pytest.raises(ValueError,
+                       match='a context may be left with 9 patches and must have more than 9'): multiblock_splits(2,
+                           (5, 5), masks, np.random.default_rng(0))
     splits = reference_splits(4, (5, 5), replace(masks, mode='reference'), 0, torch.Generator().manual_seed(0))
     assert all(set(s.context) & set(np.concatenate(s.targets)) for s in splits)
 
@@ -130,20 +139,24 @@ def test_any_grid_of_two_or_more_patches_a_side_works_by_default():
         for x in range(2, 19):
             s, = multiblock_splits(1, (y, x), FIXED, rng)
             context, target = check_blocks((y, x), FIXED)
-            assert least_kept((y, x), FIXED) < len(s.context) <= context and {len(t) for t in s.targets} == {len(s.targets[0])} and len(s.targets[0]) <= target
+            assert resolve_min_keep((y, x), FIXED) < len(s.context) <= context and {len(t)
+                for t in s.targets} == {len(s.targets[0])} and len(s.targets[0]) <= target
             assert not set(s.context) & set(np.concatenate(s.targets))
 
 
 @pytest.mark.parametrize('contexts', [1, 3])
 def test_contexts_of_an_image_share_its_targets(contexts):
-    for mode, draw in (('fixed', lambda m: multiblock_splits(5, (14, 14), m, np.random.default_rng(0))), ('reference', lambda m: reference_splits(5, (14, 14), m, 0, torch.Generator().manual_seed(0)))):
+    for mode, draw in (('fixed', lambda m: multiblock_splits(5, (14, 14), m, np.random.default_rng(0))),
+                       ('reference', lambda m: reference_splits(5, (14, 14), m, 0, torch.Generator().manual_seed(0)))):
         splits = draw(replace(FIXED, mode=mode, contexts=contexts))
         assert len(splits) == 5*contexts and len({len(s.context) for s in splits}) == 1
         for k in range(0, len(splits), contexts):
             same = splits[k:k+contexts]
             assert all(map(np.array_equal, same[0].targets, s.targets) for s in same)
             assert all(not set(s.context) & set(np.concatenate(s.targets)) for s in same)
-        if contexts > 1: assert any(not np.array_equal(splits[k].context, splits[k+1].context) for k in range(0, len(splits), contexts)) or mode == 'reference' # there a context block has one place
+        # there a context block has one place
+        if contexts > 1: assert any(not np.array_equal(splits[k].context, splits[k+1].context)
+                                    for k in range(0, len(splits), contexts)) or mode == 'reference'
 
 
 def test_a_smaller_min_keep_ends_the_endless_drawing():

@@ -54,7 +54,8 @@ def photo_sizes(images, seed=0):
     return np.stack([np.where(wide, short, long), np.where(wide, long, short)], 1)
 
 
-@pytest.mark.parametrize('words, most', [([], 1.002), (['masks.window=4'], 1.005), (['pack.context=128', 'pack.target=192'], 1.015)])
+@pytest.mark.parametrize('words, most', [([], 1.002), (['masks.window=4'], 1.005),
+                                         (['pack.context=128', 'pack.target=192'], 1.015)])
 def test_ten_thousand_images_none_lost_none_twice(words, most):
     cfg = make_config({}, words)
     plans = list(Planner(photo_sizes(1000), cfg, seed=1, draws=10_000))
@@ -71,7 +72,8 @@ def test_ten_thousand_images_none_lost_none_twice(words, most):
 
 def test_no_image_starves():
     cfg = make_config({})
-    at = {i.draw: place for place, i in enumerate(i for plan in Planner(photo_sizes(500), cfg, draws=5000) for row in plan.rows for i in row)}
+    at = {i.draw: place for place, i in enumerate(i for plan in Planner(photo_sizes(500), cfg, draws=5000)
+                                                  for row in plan.rows for i in row)}
     assert max(abs(place-draw) for draw, place in at.items()) < 32*cfg.pack.pool
 
 
@@ -87,7 +89,8 @@ def test_a_plan_goes_on_from_any_state(replace):
 
 
 def test_without_replacement_every_image_once_per_epoch():
-    items = [i for plan in Planner(photo_sizes(77), config('data.replace=false'), draws=3*77) for row in plan.rows for i in row]
+    items = [i for plan in Planner(photo_sizes(77), config('data.replace=false'), draws=3*77) for row in plan.rows
+             for i in row]
     for epoch in range(3): assert sorted(i.index for i in items if i.draw//77 == epoch) == list(range(77))
 
 
@@ -135,13 +138,16 @@ def test_resume_in_the_middle(workers):
 
 def test_ranks_partition_the_rows():
     pictures, cfg = Pictures(), config()
-    for whole, *parts in islice(zip(loader(pictures, cfg), *(loader(pictures, cfg, rank=r, world=2) for r in (0, 1))), 4):
+    for whole, *parts in islice(zip(loader(pictures, cfg), *(loader(pictures, cfg, rank=r, world=2) for r in (0, 1))),
+                                4):
         assert sum(p.images for p in parts) == whole.images
         assert sorted(torch.cat([p.index for p in parts]).tolist()) == sorted(whole.index.tolist())
         for r, part in enumerate(parts):
             assert torch.equal(part.pack.image.x, whole.pack.image.x[2*r:2*r+2]) and part.state == whole.state
             assert sorted(set(part.pack.image.sample.flatten().tolist())-{-1}) == list(range(part.images))
-    with pytest.raises(ValueError, match='pack.rows 4 cannot be shared by 3 devices; pack.rows=6 can'): loader(pictures, cfg, world=3)
+    with pytest.raises(ValueError,
+                       match='pack.rows 4 cannot be shared by 3 devices; pack.rows=6 can'): loader(pictures, cfg,
+                           world=3)
 
 
 def test_broken_images():
@@ -151,23 +157,27 @@ def test_broken_images():
     assert bad.index.tolist() == [i for i in good.index.tolist() if i not in broken]
     assert bad.pack.image.sample.max() == bad.images-1 and bad.used < good.used and bad.state == good.state
     for workers in (0, 1):
-        with pytest.raises(DataError, match='^none of the') as e: next(loader(Pictures(broken=range(64)), cfg, workers=workers))
+        with pytest.raises(DataError, match='^none of the') as e: next(loader(Pictures(broken=range(64)), cfg,
+            workers=workers))
         assert '\n' not in str(e.value)
 
 
 def test_slots_are_checked_at_the_door():
     check_slots(make_config({}, ['pack.context=128', 'pack.target=192']))
-    for words, says in ((['pack.target=128'], 'pack.target 128 cannot hold the 192'), (['pack.context=96'], 'pack.context 96 cannot hold the 128')):
+    for words, says in ((['pack.target=128'], 'pack.target 128 cannot hold the 192'),
+                        (['pack.context=96'], 'pack.context 96 cannot hold the 128')):
         with pytest.raises(ValueError, match=says): loader(Pictures(), make_config({}, words))
 
 
 def test_pack_iterator_takes_anything_and_ends_well():
     pictures, cfg = Pictures(40), config()
-    mixed = [Image.fromarray(x.numpy()) if k%3 == 0 else x.numpy() if k%3 == 1 else x.permute(2, 0, 1) for k, x in enumerate(pictures.pixels)]
+    mixed = [Image.fromarray(x.numpy()) if k%3 == 0 else x.numpy() if k%3 == 1 else x.permute(2, 0, 1) for k,
+             x in enumerate(pictures.pixels)]
     batches = list(pack_iterator(iter(mixed), cfg, seed=2))
     assert sorted(torch.cat([b.index for b in batches]).tolist()) == list(range(40))
     for a, b in zip(batches, pack_iterator(pictures.pixels, cfg, seed=2), strict=True): assert_same(a, b)
-    for a, b in zip(batches[1:], pack_iterator(mixed, cfg, seed=2, state=batches[0].state), strict=True): assert_same(a, b)
+    for a, b in zip(batches[1:], pack_iterator(mixed, cfg, seed=2, state=batches[0].state),
+                    strict=True): assert_same(a, b)
     with pytest.raises(ValueError, match='uint8'): list(pack_iterator([np.zeros((32, 32, 3))], cfg))
     assert list(pack_iterator([], cfg)) == []
 
@@ -191,7 +201,8 @@ def test_eval_pack():
 @pytest.mark.parametrize('workers', [0, 2])
 def test_streams(tmp_path, workers):
     pictures, cfg = Pictures(60), config()
-    paths = write_shards((dict(key=f'{k:03}', image=x.permute(2, 0, 1)) for k, x in enumerate(pictures.pixels)), tmp_path/'train-%06d.tar', per_shard=10)
+    paths = write_shards((dict(key=f'{k:03}', image=x.permute(2, 0, 1)) for k, x in enumerate(pictures.pixels)),
+                         tmp_path/'train-%06d.tar', per_shard=10)
     paths = [str(p) for p in paths]
     once = Stream(paths, shuffle=8, replace=False, epochs=1)
     assert sum(b.images for b in loader(once, cfg, workers=workers)) == 60
@@ -205,11 +216,15 @@ def test_streams(tmp_path, workers):
 
 
 def test_ctrl_c_leaves_no_worker(tmp_path):
-    code = ("import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n" # where the tests run in the background, a shell has them ignore it
-            "import torch\nfrom jepa_nb.recipes import make_config\nfrom jepa_nb.sources import open_source\nfrom jepa_nb.loader import loader\n"
-            "for k, b in enumerate(loader(open_source('scenes', images=20, side=32), make_config(dict(encoder=dict(patch=4), scale=dict(max_side=8), pack=dict(rows=2))), workers=1)):\n"
+    # where the tests run in the background, a shell has them ignore it
+    code = ("import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            "import torch\nfrom jepa_nb.recipes import make_config\nfrom jepa_nb.sources import open_source\nfrom "
+            "jepa_nb.loader import loader\n"
+            "for k, b in enumerate(loader(open_source('scenes', images=20, side=32), "
+            "make_config(dict(encoder=dict(patch=4), scale=dict(max_side=8), pack=dict(rows=2))), workers=1)):\n"
             "    if k == 2: print('running', flush=True)\n")
-    run = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    run = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           start_new_session=True)
     try:
         assert run.stdout.readline() == b'running\n'
         os.killpg(run.pid, signal.SIGINT) # as a terminal does: to everybody
@@ -226,11 +241,13 @@ def test_ctrl_c_leaves_no_worker(tmp_path):
 
 
 def blocks(*words): # whole images in rows, four target blocks each
-    return make_config(dict(encoder=dict(patch=4), masks=dict(kind='multiblock'), pack=dict(rows=4, image=512, context=288, target=416)), words)
+    return make_config(dict(encoder=dict(patch=4), masks=dict(kind='multiblock'),
+                            pack=dict(rows=4, image=512, context=288, target=416)), words)
 
 
 def crops(*words): # I-JEPA's rows: one square crop each, contexts of four cut to one length; every augmentation
-    return make_config(dict(encoder=dict(patch=4), scale=dict(kind='crop', max_side=8), masks=dict(kind='multiblock', mask_group=4), augment=dict(flip=True, colour=.5, blur=True),
+    return make_config(dict(encoder=dict(patch=4), scale=dict(kind='crop', max_side=8),
+                            masks=dict(kind='multiblock', mask_group=4), augment=dict(flip=True, colour=.5, blur=True),
                             pack=dict(rows=8, image=64, context=57, target=64, pool=1, static=False)), words)
 
 
@@ -239,7 +256,8 @@ def test_ten_thousand_images_in_blocks():
     plans = list(Planner(photo_sizes(1000), cfg, seed=1, draws=5000))
     rows = [row for plan in plans for row in plan.rows]
     assert sorted(i.draw for row in rows for i in row) == list(range(5000))
-    used = np.array([[sum(n) for n in zip(*((i.size[0]*i.size[1]//256, i.context, i.target) for i in row))] for row in rows])
+    used = np.array([[sum(n) for n in zip(*((i.size[0]*i.size[1]//256, i.context, i.target) for i in row))]
+                     for row in rows])
     assert (used <= (1024, 512, 800)).all()
     assert used[:-16, 0].mean()/1024 > .985, used[:-16].mean(0)
 
@@ -267,23 +285,31 @@ def test_blocks_arrive_too():
     cfg, pictures = crops(), Pictures(40)
     batches = list(pack_iterator(pictures.pixels, cfg, seed=2))
     assert sorted(torch.cat([b.index for b in batches]).tolist()) == list(range(40))
-    for a, b in zip(batches[1:], pack_iterator(pictures.pixels, cfg, seed=2, state=batches[0].state), strict=True): assert_same(a, b)
+    for a, b in zip(batches[1:], pack_iterator(pictures.pixels, cfg, seed=2, state=batches[0].state),
+                    strict=True): assert_same(a, b)
     for b in batches: assert len({int(n) for n in (b.pack.context >= 0).sum(1)[:4]}) == 1 # a group, one length
 
 
 @pytest.mark.parametrize('config', [blocks, crops])
 def test_an_image_with_several_contexts_is_one_image(config):
-    one, cfg, good, pictures = config('data.replace=false'), config('masks.contexts=3', 'data.replace=false', 'pack.rows=6'), Pictures(40), Pictures(40, broken=(5, 7))
+    one, cfg, good, pictures = config('data.replace=false'), config('masks.contexts=3', 'data.replace=false',
+                                                                    'pack.rows=6'), Pictures(40), Pictures(40,
+                                                                        broken=(5, 7))
     plan = lambda cfg: [i for p in Planner(good.sizes, cfg, draws=40*cfg.masks.contexts) for row in p.rows for i in row]
     first, all_ = {i.draw: i for i in plan(one)}, {i.draw: i for i in plan(cfg)}
     assert sorted(all_) == list(range(120))
-    for draw, i in all_.items(): assert (i.index, i.size, i.box) == (first[draw//3].index, first[draw//3].size, first[draw//3].box) # epochs, sizes and crops are those of images
+    # epochs, sizes and crops are those of images
+    for draw, i in all_.items(): assert (i.index, i.size, i.box) == (first[draw//3].index, first[draw//3].size,
+                                                                     first[draw//3].box)
     whole, batches = (list(loader(source, cfg, draws=120)) for source in (good, pictures))
     assert (sum(b.images for b in whole), sum(len(b.index) for b in whole)) == (40, 120)
-    assert (sum(b.images for b in batches), sum(len(b.skipped) for b in batches), sum(len(b.index) for b in batches)) == (38, 2, 114)
+    assert (sum(b.images for b in batches), sum(len(b.skipped) for b in batches),
+            sum(len(b.index) for b in batches)) == (38, 2, 114)
     arrived = list(pack_iterator(good.pixels, cfg, seed=2))
-    assert sorted(torch.cat([b.index for b in arrived]).tolist()) == sorted([*range(40)]*3) and sum(b.images for b in arrived) == 40
-    for a, b in zip(arrived[2:], pack_iterator(good.pixels, cfg, seed=2, state=arrived[1].state), strict=True): assert_same(a, b)
+    assert sorted(torch.cat([b.index for b in arrived]).tolist()) == sorted([*range(40)]*3) and sum(b.images
+        for b in arrived) == 40
+    for a, b in zip(arrived[2:], pack_iterator(good.pixels, cfg, seed=2, state=arrived[1].state),
+                    strict=True): assert_same(a, b)
     pack = pack_images(good.pixels[:9], cfg) # a list of images is shown as it is, each once
     assert sorted(set(pack.image.sample.flatten().tolist())-{-1}) == list(range(9))
 
@@ -297,12 +323,15 @@ def test_reference_blocks_by_the_number_of_the_group():
     cfg = crops('masks.mode=reference', 'masks.min_keep=6', 'pack.context=64')
     items = [i for plan in Planner(photo_sizes(50), cfg, seed=3, draws=32) for row in plan.rows for i in row]
     for k in range(8):
-        sizes = {len(reference_splits(1, (8, 8), cfg.masks, k//2, torch.Generator())[0].targets[0])} # two groups make a batch
+        # two groups make a batch
+        sizes = {len(reference_splits(1, (8, 8), cfg.masks, k//2, torch.Generator())[0].targets[0])}
         assert {i.target//4 for i in items[4*k:4*k+4]} == sizes and len({i.context for i in items[4*k:4*k+4]}) == 1
 
 
 def test_an_image_too_long_for_its_row_is_named():
-    cfg = make_config(dict(encoder=dict(patch=4), masks=dict(kind='multiblock'), pack=dict(image=256, context=230, target=208)))
+    cfg = make_config(dict(encoder=dict(patch=4), masks=dict(kind='multiblock'),
+                           pack=dict(image=256, context=230, target=208)))
     object.__setattr__(cfg.pack, 'image', 8) # past the check at the door
     from jepa_nb.packing import PackingBuffer, plan_image
-    with pytest.raises(ConfigError, match='does not fit a row of pack.image=8'): PackingBuffer([plan_image(0, 0, (64, 64), cfg, .5, .5)], cfg).row()
+    with pytest.raises(ConfigError, match='does not fit a row of pack.image=8'): PackingBuffer([plan_image(0, 0,
+        (64, 64), cfg, .5, .5)], cfg).row()

@@ -8,23 +8,26 @@ import torch
 import yaml
 from conftest import ROOT
 
-from jepa_nb.checkpoint import checkpoints
 from jepa_nb.config import AUTHORS_CODE, Config
+from jepa_nb.files import checkpoint_folders
 from jepa_nb.jepa import JEPA
 from jepa_nb.model import Encoder, Predictor
 from jepa_nb.optim import beta_at, lr_at
 from jepa_nb.packing import check_slots
-from jepa_nb.recipes import load_config, setting_names
+from jepa_nb.recipes import ConfigError, load_config, make_config, setting_names
 from jepa_nb.tiers import as_overrides, read_tier
 from jepa_nb.train import train
 
 TIER = read_tier(ROOT/'params/paper.yaml')
 with open(ROOT/'params/published/featnorm_table1.csv') as f: TABLE = {int(r['row']): r for r in csv.DictReader(f)}
-ROWS = {1: 'fn_row1', 2: 'fn_row2', 3: 'fn_row3', 4: 'fn_row4', 5: 'fn_tanh', 6: 'fn_ln', 7: 'fn_row7', 9: 'fn_row9'} # 8 is a checkpoint of 5
+# 8 is a checkpoint of 5
+ROWS = {1: 'fn_row1', 2: 'fn_row2', 3: 'fn_row3', 4: 'fn_row4', 5: 'fn_tanh', 6: 'fn_ln', 7: 'fn_row7', 9: 'fn_row9'}
 WINDOWED = {n: r for n, r in ROWS.items() if n != 9}
 
 
-def config(run, *words): return load_config(ROOT/TIER['runs'][run]['recipe'], [*as_overrides(TIER.get('settings', {}) | TIER['runs'][run].get('settings', {})), *words])
+def config(run, *words): return load_config(ROOT/TIER['runs'][run]['recipe'],
+                                            [*as_overrides(TIER.get('settings', {})
+                                                           | TIER['runs'][run].get('settings', {})), *words])
 
 
 @pytest.mark.parametrize('n', sorted(ROWS))
@@ -56,10 +59,13 @@ def test_row_8_is_a_checkpoint_of_row_5():
 
 
 def test_pairs_differ_in_the_norm_alone():
-    "As the paper says it; in the repository's records the LayerNorm run of the second pair has a second norm on its targets."
+    """As the paper says it; in the repository's records the LayerNorm run of the second pair has a second norm on
+    its targets."""
     for a, b in ((1, 2), (3, 4), (5, 6)):
         x, y = (config(ROWS[n]) for n in (a, b))
-        same = lambda c: replace(c, encoder=replace(c.encoder, norm_out='none'), run=replace(c.run, name='', keep_at=()), objective=replace(c.objective, target_norm='none'))
+        same = lambda c: replace(c, encoder=replace(c.encoder, norm_out='none'),
+                                 run=replace(c.run, name='', keep_at=()),
+                                 objective=replace(c.objective, target_norm='none'))
         assert same(x) == same(y)
         assert (x.encoder.norm_out, y.encoder.norm_out) == ('dyntanh', 'layernorm')
         assert (x.objective.target_norm, y.objective.target_norm) == ('none', 'layernorm' if b == 4 else 'none')
@@ -68,14 +74,17 @@ def test_pairs_differ_in_the_norm_alone():
 def test_schedules():
     "Learning rate and teacher at the steps that FN §8.2 and Table 1 name."
     five, one, three = (config(ROWS[n]) for n in (5, 1, 3))
-    for cfg, want in ((five, {0: .95, 500: .9745, 1000: .999, 301_000: .9995, 10**6: .9995}), (one, {0: .8, 1000: .996, 200_000: .996}), (three, {1000: .996, 401_000: .9999})):
+    for cfg, want in ((five, {0: .95, 500: .9745, 1000: .999, 301_000: .9995, 10**6: .9995}),
+                      (one, {0: .8, 1000: .996, 200_000: .996}), (three, {1000: .996, 401_000: .9999})):
         assert {t: pytest.approx(beta_at(t, cfg.teacher)) for t in want} == want
-    for cfg, want in ((five, {0: 1e-4, 5000: 3e-4, 10_000: 5e-4, 800_000: 5e-4}), (three, {10_000: 1e-3, 260_000: 1e-3, 280_000: 6e-4, 300_000: 2e-4, 370_000: 2e-4})):
+    for cfg, want in ((five, {0: 1e-4, 5000: 3e-4, 10_000: 5e-4, 800_000: 5e-4}),
+                      (three, {10_000: 1e-3, 260_000: 1e-3, 280_000: 6e-4, 300_000: 2e-4, 370_000: 2e-4})):
         assert {t: pytest.approx(lr_at(t, cfg.optim, cfg.run.steps)) for t in want} == want
 
 
 COUNTS = { # FN names 236m and 52m (row 5); rows 1-4 by hand, from FN's experts less the capacity predictor
-    1: (120_862_464, 27_018_112), 2: (120_862_848, 27_018_112), 3: (120_862_464, 27_018_112), 4: (120_862_848, 27_018_112),
+    1: (120_862_464, 27_018_112), 2: (120_862_848, 27_018_112), 3: (120_862_464, 27_018_112),
+    4: (120_862_848, 27_018_112),
     5: (236_177_856, 52_677_088), 6: (236_178_240, 52_677_088), 7: (463_186_560, 103_180_864)}
 
 @pytest.mark.parametrize('n', sorted(ROWS))
@@ -84,13 +93,17 @@ def test_parameters(n, capsys):
     cfg = config(ROWS[n])
     with torch.device('meta'): parts = Encoder(**vars(cfg.encoder)), Predictor(cfg.encoder.dim, **vars(cfg.predictor))
     count = tuple(sum(p.numel() for p in m.parameters()) for m in parts)
-    with capsys.disabled(): print(f'\nrow {n}: {count[0]:,} + {count[1]:,} parameters, {cfg.run.steps:,} steps of {cfg.run.step_images} images', end=' ')
+    with capsys.disabled():
+        print(f'\nrow {n}: {count[0]:,} + {count[1]:,} parameters, {cfg.run.steps:,} steps of {cfg.run.step_images} '
+              f'images', end=' ')
     if n in COUNTS: assert count == COUNTS[n]
 
 
 def test_what_the_authors_shipped():
     cfg = load_config(ROOT/'params/train/fn_vits_shipped.yaml')
-    with torch.device('meta'): count = [sum(p.numel() for p in m.parameters()) for m in (Encoder(**vars(cfg.encoder)), Predictor(cfg.encoder.dim, **vars(cfg.predictor)))]
+    with torch.device('meta'): count = [sum(p.numel() for p in m.parameters())
+                                        for m in (Encoder(**vars(cfg.encoder)), Predictor(cfg.encoder.dim,
+                                            **vars(cfg.predictor)))]
     assert count == [21_583_104, 4_935_040] and cfg.pack.rows == 320
 
 
@@ -105,8 +118,10 @@ def test_the_main_pair_runs_both_ways():
                 assert getattr(getattr(config(ours), group), k) == getattr(getattr(Config(), group), k) != v
 
 
-SMALLER = ('encoder.dim=32', 'encoder.depth=2', 'encoder.heads=2', 'encoder.patch=8', 'predictor.dim=16', 'predictor.depth=1', 'predictor.heads=2', 'pack.rows=2',
-           'data.kind=scenes', 'data.path=null', 'data.images=12', 'data.side=128', 'data.workers=0', 'run.steps=2', 'run.keep_at=[1]', 'run.keep=1', 'run.compile=false',
+SMALLER = ('encoder.dim=32', 'encoder.depth=2', 'encoder.heads=2', 'encoder.patch=8', 'predictor.dim=16',
+           'predictor.depth=1', 'predictor.heads=2', 'pack.rows=2',
+           'data.kind=scenes', 'data.path=null', 'data.images=12', 'data.side=128', 'data.workers=0', 'run.steps=2',
+           'run.keep_at=[1]', 'run.keep=1', 'run.compile=false',
            'run.dtype=float32', 'run.threads=1', 'run.device=cpu', 'run.log_every=1', 'run.rank_every=0')
 
 @pytest.mark.parametrize('run', TIER['runs'])
@@ -114,9 +129,12 @@ def test_two_steps_at_reduced_width(run, tmp_path):
     "The same recipe, narrow and on scenes: every part of it is used."
     cfg = config(run, *SMALLER)
     check_slots(cfg)
-    assert [c.name for c in checkpoints(train(cfg, tmp_path/run, progress=False))] == ['step_00000001', 'step_00000002'] # the first is kept for good
+    # the first is kept for good
+    folders = checkpoint_folders(train(cfg, tmp_path/run, progress=False))
+    assert [c.name for c in folders] == ['step_00000001', 'step_00000002']
     lines = [yaml.safe_load(line) for line in (tmp_path/run/'log.jsonl').read_text().splitlines()]
-    assert [line['step'] for line in lines] == [1, 2] and all(math.isfinite(line['loss']) and line['grad_norm'] > 0 for line in lines)
+    assert [line['step'] for line in lines] == [1, 2] and all(math.isfinite(line['loss']) and line['grad_norm'] > 0
+                                                              for line in lines)
     jepa = JEPA(cfg)
     if 'authors_code' in str(TIER['runs'][run].get('settings')): assert jepa.encoder.pixels == 'unit_bfloat16'
 
@@ -124,7 +142,8 @@ def test_two_steps_at_reduced_width(run, tmp_path):
 def test_twins_differ_like_the_rows():
     "The small twins of a row differ from those of row 5 in what the row differs in."
     for size in ('tiny', 'small'):
-        twin = {n: load_config(ROOT/f"params/train/fn_{size}_{dict([(5, 'dyntanh'), (6, 'layernorm')]).get(n, f'row{n}')}.yaml") for n in WINDOWED}
+        name = lambda n: {5: 'dyntanh', 6: 'layernorm'}.get(n, f'row{n}')
+        twin = {n: load_config(ROOT/f'params/train/fn_{size}_{name(n)}.yaml') for n in WINDOWED}
         for n, cfg in twin.items():
             full = config(WINDOWED[n], 'authors_code=false')
             assert cfg.encoder.norm_out == full.encoder.norm_out and cfg.scale.rounding == full.scale.rounding
@@ -132,5 +151,27 @@ def test_twins_differ_like_the_rows():
             assert cfg.optim.lr/twin[5].optim.lr == full.optim.lr/5e-4
             assert (cfg.encoder.mlp == 'expert_choice') == (full.encoder.mlp == 'expert_choice')
             assert (1-cfg.teacher.steady)/(1-twin[5].teacher.steady) == pytest.approx((1-full.teacher.steady)/(1-.999))
-            assert (1-cfg.teacher.end)/(1-twin[5].teacher.end) == pytest.approx((1-full.teacher.end)/(1-.9995)) or n < 3 # a constant has no end of its own
-        assert twin[7].encoder.experts > 1 and twin[7].pack.rows*2 == twin[5].pack.rows and twin[7].run.steps == 2*twin[5].run.steps
+            # a constant has no end of its own
+            assert (1-cfg.teacher.end)/(1-twin[5].teacher.end) == pytest.approx((1-full.teacher.end)/(1-.9995)) or n < 3
+        assert twin[7].encoder.experts > 1
+        assert twin[7].pack.rows*2 == twin[5].pack.rows and twin[7].run.steps == 2*twin[5].run.steps
+
+
+@pytest.mark.parametrize('setting', ['run.epoch_images=abc', 'run.epoch_images=true', 'run.epochs=.inf',
+                                     'run.epochs=abc', 'run.step_images=0'])
+def test_epochs_of_no_number(setting):
+    "A wrong number among those that make steps of epochs is one line that names it."
+    with pytest.raises(ConfigError, match=f"^{setting.partition('=')[0]}: ") as e: make_config({},
+        ['run.epochs=3', 'run.step_images=950', setting])
+    assert '\n' not in str(e.value)
+
+
+def test_a_recipe_on_a_base_of_the_first_edition(tmp_path):
+    "Each file is translated by itself, so one setting may have its old name in the base and today's in the recipe."
+    (tmp_path/'base.yaml').write_text('released: true\nmasks: {kind: multiblock, group: 4}\npack: {image: 196, '
+                                      'target: 160, pool: 1, rows: 4}\nscale: {kind: crop, max_side: 14}')
+    (tmp_path/'recipe.yaml').write_text('base: base.yaml\nauthors_code: false\nmasks: {mask_group: 2}')
+    cfg = load_config(tmp_path/'recipe.yaml', ['condition.kind=positions', 'condition.parts=3'])
+    assert (cfg.authors_code, cfg.masks.mask_group, cfg.condition.chunks_per_block) == (False, 2, 3)
+    with pytest.raises(ConfigError, match='base.yaml: masks.group: is called masks.mask_group now, and both are set'):
+        (tmp_path/'base.yaml').write_text('masks: {group: 4, mask_group: 4}'); load_config(tmp_path/'recipe.yaml')

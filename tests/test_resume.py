@@ -11,11 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from jepa_nb.checkpoint import checkpoints, open_run, read_log, run_lock
-from jepa_nb.files import RunError, sha256
+from jepa_nb.checkpoint import open_run, random_model, read_log, rename_tensors, run_lock, state_checksum
+from jepa_nb.files import RunError, checkpoint_folders, sha256, write_json
 from jepa_nb.images import DataError
-from jepa_nb.recipes import ConfigError, make_config, save_config
+from jepa_nb.recipes import ALIASES, ConfigError, load_config, make_config, save_config
 from jepa_nb.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -38,15 +42,17 @@ def start(cfg, run, group=False, **env):
     run.parent.mkdir(exist_ok=True, parents=True)
     recipe = run.parent/f'{run.name}.yaml'
     save_config(cfg, recipe)
-    code = f"from jepa_nb.config import load_config; from jepa_nb.train import train; train(load_config({str(recipe)!r}), {str(run)!r})"
-    return subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=group,
+    code = ("from jepa_nb.recipes import load_config; from jepa_nb.train import train; "
+            f"train(load_config({str(recipe)!r}), {str(run)!r})")
+    return subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, start_new_session=group,
                             env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', **env))
 
-def wait_for(path, seconds=300):
-    "Until a file is there."
+def wait_for(path, process, seconds=300):
+    "Until a file is there, as long as the process that should write it lives."
     end = time.time()+seconds
     while not any(path.parent.glob(path.name)):
-        assert time.time() < end, f'{path} did not appear'
+        assert time.time() < end and process.poll() is None, f'{path} did not appear'
         time.sleep(.02)
 
 @pytest.fixture(scope='module')
@@ -55,9 +61,12 @@ def whole(tmp_path_factory):
     return train(tiny(), tmp_path_factory.mktemp('whole')/'run', progress=False)
 
 BLOCKS = ('masks.kind=multiblock', 'pack.image=128', 'pack.context=80', 'pack.target=96')
-CROPS = ('scale.kind=crop', 'masks.kind=multiblock', 'masks.mask_group=4', 'pack.pool=1', 'pack.rows=4', 'pack.image=64', 'pack.context=56', 'pack.target=48', 'pack.static=false', 'augment.flip=true')
+CROPS = ('scale.kind=crop', 'masks.kind=multiblock', 'masks.mask_group=4', 'pack.pool=1', 'pack.rows=4',
+         'pack.image=64', 'pack.context=56', 'pack.target=48', 'pack.static=false', 'augment.flip=true')
 
-@pytest.mark.parametrize('words', [(), ('run.accumulate=2',), ('encoder.mlp=diffmoe', 'encoder.experts=4', 'data.replace=false'), BLOCKS, CROPS, (*CROPS, 'masks.contexts=2', 'condition.kind=positions')],
+@pytest.mark.parametrize('words', [(), ('run.accumulate=2',),
+                                   ('encoder.mlp=diffmoe', 'encoder.experts=4', 'data.replace=false'), BLOCKS, CROPS,
+                                   (*CROPS, 'masks.contexts=2', 'condition.kind=positions')],
                          ids=['plain', 'accumulate', 'experts', 'blocks', 'crops', 'contexts'])
 def test_two_and_two_is_four(tmp_path, words):
     # logged every 3: sums between two lines must survive the stop, too
@@ -67,14 +76,17 @@ def test_two_and_two_is_four(tmp_path, words):
     a, b = results(tmp_path/'a', 4), results(tmp_path/'b', 4)
     assert a[:2] == b[:2]
     last = lambda log: {k:v[-1] for k, v in log.items()}
-    assert {k:v for k, v in last(a[2]).items() if k not in ('loss', 'moe_loss', 'kept_context', 'kept_target', 'context_tokens', 'target_tokens', 'used')} == \
-           {k:v for k, v in last(b[2]).items() if k not in ('loss', 'moe_loss', 'kept_context', 'kept_target', 'context_tokens', 'target_tokens', 'used')}
+    assert {k:v for k, v in last(a[2]).items()
+            if k not in ('loss', 'moe_loss', 'kept_context', 'kept_target', 'context_tokens', 'target_tokens',
+                         'used')} == \
+           {k:v for k, v in last(b[2]).items() if k not in ('loss', 'moe_loss', 'kept_context', 'kept_target',
+                                                            'context_tokens', 'target_tokens', 'used')}
 
 def test_killed_run_equals_undisturbed(tmp_path):
     cfg = tiny('run.steps=40', 'run.log_every=3', 'run.save_every=4')
     train(cfg, tmp_path/'a', progress=False)
     p = start(cfg, tmp_path/'b')
-    wait_for(tmp_path/'b/checkpoints/step_*')
+    wait_for(tmp_path/'b/checkpoints/step_*', p)
     p.send_signal(signal.SIGKILL); p.communicate()
     assert not (tmp_path/'b/done.json').exists()
     train(cfg, tmp_path/'b', progress=False)
@@ -85,7 +97,7 @@ def test_asked_to_stop(tmp_path):
     cfg = tiny('run.steps=5000', 'run.save_every=5000')
     for signum, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         p = start(cfg, tmp_path/'run')
-        before = len(checkpoints(tmp_path/'run'))
+        before = len(checkpoint_folders(tmp_path/'run'))
         seen = len((tmp_path/'run/log.jsonl').read_text()) if before else 0
         end = time.time()+300
         while not (tmp_path/'run/log.jsonl').is_file() or len((tmp_path/'run/log.jsonl').read_text()) <= seen:
@@ -95,7 +107,7 @@ def test_asked_to_stop(tmp_path):
         out, err = p.communicate(timeout=300)
         assert p.returncode == code, err
         assert f'stopped by {signum.name}' in err and 'Traceback' not in err
-        assert len(checkpoints(tmp_path/'run')) == before+1
+        assert len(checkpoint_folders(tmp_path/'run')) == before+1
 
 @pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_everybody_asked_to_stop(tmp_path, signum, code):
@@ -103,12 +115,13 @@ def test_everybody_asked_to_stop(tmp_path, signum, code):
     cfg = tiny('run.steps=5000', 'run.log_every=1', 'run.save_every=20', 'data.workers=2')
     for attempt in range(3): # a loader process may die in the middle of anything, so once of three
         p = start(cfg, tmp_path/f'run{attempt}', group=True)
-        wait_for(tmp_path/f'run{attempt}/checkpoints/step_*')
+        wait_for(tmp_path/f'run{attempt}/checkpoints/step_*', p)
         os.killpg(p.pid, signum)
         out, err = p.communicate(timeout=300)
-        if p.returncode == code and f'stopped by {signum.name}' in err and 'the same command goes on' in err and 'Traceback' not in err: break
+        wanted = (f'stopped by {signum.name}', 'the same command goes on')
+        if p.returncode == code and all(w in err for w in wanted) and 'Traceback' not in err: break
     else: raise AssertionError(err)
-    assert checkpoints(tmp_path/f'run{attempt}')
+    assert checkpoint_folders(tmp_path/f'run{attempt}')
 
 
 def test_finished_run_returns_at_once(whole):
@@ -116,38 +129,45 @@ def test_finished_run_returns_at_once(whole):
     begun = time.perf_counter(); train(tiny(), whole, progress=False)
     assert time.perf_counter()-begun < 5 and (whole/'done.json').stat().st_mtime_ns == before
 
-def test_kept_checkpoints(tmp_path):
+def test_kept_checkpoint_folders(tmp_path):
     cfg = tiny('run.keep=1', 'run.keep_at=[1, 3]')
     train(tiny('run.keep=1', 'run.keep_at=[1, 3]', 'run.steps=2'), tmp_path/'run', progress=False)
     train(cfg, tmp_path/'run', progress=False)
-    assert [c.name[5:] for c in checkpoints(tmp_path/'run')] == ['00000001', '00000003', '00000004']
+    assert [c.name[5:] for c in checkpoint_folders(tmp_path/'run')] == ['00000001', '00000003', '00000004']
 
-@pytest.mark.parametrize('words', [(), ('encoder.mlp=diffmoe', 'encoder.experts=4', 'objective.teacher_routing=training')], ids=['plain', 'experts'])
+@pytest.mark.parametrize('words', [(), ('encoder.mlp=diffmoe', 'encoder.experts=4',
+                                        'objective.teacher_routing=training')], ids=['plain', 'experts'])
 def test_scores_change_nothing(tmp_path, words):
     scores = ('run.rank_every=2', 'run.rank_images=12', 'run.lidar_images=8', 'run.lidar_views=3')
-    a, b = (results(train(tiny(*words, *more), tmp_path/name, progress=False), 4) for name, more in (('a', ()), ('b', scores)))
+    a, b = (results(train(tiny(*words, *more), tmp_path/name, progress=False), 4) for name,
+            more in (('a', ()), ('b', scores)))
     ranks = b[2].pop('ranks')
     assert a == b and all(set(r) == {'rankme', 'rankme_released', 'lidar', 'lidar_released'} for r in ranks)
 
 def test_scores_are_refused_at_the_door(tmp_path):
-    with pytest.raises(DataError, match='64 images, of which LiDAR cannot take 1000'): train(tiny('run.rank_every=2'), tmp_path/'run', progress=False)
-    assert not checkpoints(tmp_path/'run')
+    with pytest.raises(DataError, match='64 images, of which LiDAR cannot take 1000'): train(tiny('run.rank_every=2'),
+        tmp_path/'run', progress=False)
+    assert not checkpoint_folders(tmp_path/'run')
 
 def test_begun_at_another_runs_checkpoint(whole, tmp_path):
-    "As FN's code resumes: other images, and then a run like any other, which may be stopped and refuses another beginning."
+    """As FN's code resumes: other images, and then a run like any other, which may be stopped and refuses another
+    beginning."""
     start = whole/'checkpoints/step_00000002'
     for name, stops in (('a', (4,)), ('b', (3, 4))):
         for n in stops: train(tiny(f'run.steps={n}', 'run.log_every=1'), tmp_path/name, progress=False, start=start)
     a, b = results(tmp_path/'a', 4), results(tmp_path/'b', 4)
     assert a == b and a[0] != results(whole, 4)[0] and a[2]['step'] == [3, 4]
     before, after = (json.loads((f/'state.json').read_text()) for f in (start, tmp_path/'b/checkpoints/step_00000003'))
-    assert after['begun_from'] == sha256(start/'model.safetensors') == json.loads((tmp_path/'b/done.json').read_text())['begun_from']
+    done = json.loads((tmp_path/'b/done.json').read_text())
+    assert after['begun_from'] == sha256(start/'model.safetensors') == done['begun_from']
     assert before['planner']['next_draw'] < 64 <= min(after['planner']['pool'])  # the first epoch has 64 draws
     other = whole/'checkpoints/step_00000004'
-    with pytest.raises(RunError, match='did not begin at'): train(tiny('run.steps=5'), tmp_path/'a', progress=False, start=other)
-    with pytest.raises(RunError, match='optim.lr'): train(tiny('optim.lr=0.002'), tmp_path/'c', progress=False, start=other)
+    with pytest.raises(RunError, match='did not begin at'): train(tiny('run.steps=5'), tmp_path/'a', progress=False,
+                                                                  start=other)
+    with pytest.raises(RunError, match='optim.lr'): train(tiny('optim.lr=0.002'), tmp_path/'c', progress=False,
+                                                          start=other)
     with pytest.raises(RunError, match='state.json'): train(tiny(), tmp_path/'c', progress=False, start=tmp_path/'none')
-    assert not checkpoints(tmp_path/'c')
+    assert not checkpoint_folders(tmp_path/'c')
 
 def test_log_of_a_run_that_was_begun_before_a_column_existed(tmp_path):
     (tmp_path/'log.jsonl').write_text('{"step": 2, "loss": 1.0}\n{"step": 4, "loss": 0.5, "ranks": {"lidar": 3.0}}\n')
@@ -176,27 +196,31 @@ def test_damaged_newest(tmp_path, capsys, whole, name, how):
 def test_all_damaged(tmp_path, capsys):
     run = train(tiny('run.steps=1'), tmp_path/'run', progress=False)
     damage(run/'checkpoints/step_00000001/model.safetensors', 'cut')
-    with pytest.raises(RunError, match='none of its 1 checkpoints is whole'): train(tiny('run.steps=2'), run, progress=False)
+    with pytest.raises(RunError, match='none of its 1 checkpoints is whole'): train(tiny('run.steps=2'), run,
+        progress=False)
 
 def test_other_settings(whole, tmp_path):
-    with pytest.raises(RunError, match=r'optim.lr=0.0005, not 0.002'): train(tiny('optim.lr=0.002'), whole, progress=False)
+    with pytest.raises(RunError, match=r'optim.lr=0.0005, not 0.002'): train(tiny('optim.lr=0.002'), whole,
+        progress=False)
     with pytest.raises(RunError, match='steps=5|run.steps'): train(tiny('optim.schedule=cosine', 'run.steps=5'),
         train(tiny('optim.schedule=cosine', 'run.steps=1'), tmp_path/'cosine', progress=False), progress=False)
 
-@pytest.mark.parametrize('words', [('optim.schedule=ijepa',), ('optim.weight_decay_end=.4',), ('teacher.ramp=null',)], ids=['rate', 'decay', 'beta'])
+@pytest.mark.parametrize('words', [('optim.schedule=ijepa',), ('optim.weight_decay_end=.4',), ('teacher.ramp=null',)],
+                         ids=['rate', 'decay', 'beta'])
 def test_schedules_of_the_whole_run_know_its_length(whole, tmp_path, words):
     run = train(tiny('run.steps=1', *words), tmp_path/'run', progress=False)
     with pytest.raises(RunError, match='run.steps=1, not 5'): train(tiny('run.steps=5', *words), run, progress=False)
 
 def test_not_finite(tmp_path):
     cfg = tiny('optim.lr=1e30', 'optim.lr_start=1e30', 'run.steps=50', 'run.save_every=1')
-    with pytest.raises(RunError, match=r'not finite in update \d+, which was not made'): train(cfg, tmp_path/'run', progress=False)
+    with pytest.raises(RunError, match=r'not finite in update \d+, which was not made'): train(cfg, tmp_path/'run',
+        progress=False)
     jepa, _ = open_run(tmp_path/'run')
     assert all(p.isfinite().all() for p in jepa.parameters())
 
 def test_second_writer_waits(tmp_path):
     cfg = tiny('run.steps=60', 'run.save_every=60')
-    a = start(cfg, tmp_path/'run'); wait_for(tmp_path/'run/.lock')
+    a = start(cfg, tmp_path/'run'); wait_for(tmp_path/'run/.lock', a)
     while not (tmp_path/'run/.lock').read_text(): time.sleep(.02)
     b = start(cfg, tmp_path/'run')
     (_, err_a), (_, err_b) = a.communicate(timeout=300), b.communicate(timeout=300)
@@ -221,10 +245,14 @@ def test_a_lock_that_was_moved_aside_counts_no_more(tmp_path):
 def test_dies_with_its_graph(tmp_path):
     cfg = tiny('run.steps=5000')
     save_config(cfg, tmp_path/'r.yaml')
-    job = f"from jepa_nb.cli import join_graph; join_graph(); from jepa_nb.config import load_config; from jepa_nb.train import train; train(load_config({str(tmp_path/'r.yaml')!r}), {str(tmp_path/'run')!r})"
-    graph = subprocess.Popen([sys.executable, '-c', f"import os, subprocess, sys; os.environ['JEPA_NB_PARENT'] = str(os.getpid()); subprocess.run([sys.executable, '-c', {job!r}])"],
-                             cwd=tmp_path, env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL)
-    wait_for(tmp_path/'run/.lock')
+    job = ("from jepa_nb.launch import join_job_lock; join_job_lock(); from jepa_nb.recipes import load_config; "
+           f"from jepa_nb.train import train; train(load_config({str(tmp_path/'r.yaml')!r}), {str(tmp_path/'run')!r})")
+    graph = subprocess.Popen([sys.executable, '-c',
+                              f"import os, subprocess, sys; os.environ['JEPA_NB_PARENT'] = str(os.getpid()); "
+                              f"subprocess.run([sys.executable, '-c', {job!r}])"],
+                             cwd=tmp_path, env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'),
+                             stdout=subprocess.DEVNULL)
+    wait_for(tmp_path/'run/.lock', graph)
     while not (pid := (tmp_path/'run/.lock').read_text().strip()): time.sleep(.02)
     graph.kill(); graph.wait()
     end = time.time()+60
@@ -251,10 +279,71 @@ def test_foreign_config(tmp_path, whole):
 def test_full_disk(tmp_path, monkeypatch, whole):
     import shutil
 
-    import jepa_nb.train
+    import jepa_nb.checkpoint
     run = tmp_path/'run'; shutil.copytree(whole, run)
     def full(*_, **__): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(jepa_nb.train, 'save_file', full)
-    with pytest.raises(RunError, match='step_00000005: cannot be written: No space left on device'): train(tiny('run.steps=5'), run, progress=False)
-    assert [c.name for c in checkpoints(run)] == ['step_00000002', 'step_00000004'] and not list(run.rglob('.tmp*'))
+    monkeypatch.setattr(jepa_nb.checkpoint, 'save_file', full)
+    with pytest.raises(RunError,
+                       match='step_00000005: cannot be written: No space left on device'): train(tiny('run.steps=5'),
+                           run, progress=False)
+    assert [c.name for c in checkpoint_folders(run)] == ['step_00000002',
+                                                         'step_00000004'] and not list(run.rglob('.tmp*'))
     open_run(run)
+
+
+# ---- files of the first edition
+
+def as_first_edition(name):
+    "A parameter's name as the first edition wrote it."
+    for today, old in (('predictor.mask_token', 'predictor.mask'), ('predictor.proj.', 'predictor.out.'),
+                       ('.attn.proj.', '.attn.out.'),
+                       ('encoder.pos_embed', 'encoder.table'), ('teacher.pos_embed',
+                                                                'teacher.table')): name = name.replace(today, old)
+    return name
+
+def settings_as_first_edition(file):
+    d = yaml.safe_load(file.read_text())
+    for old, new in ALIASES.items():
+        group, _, name = old.rpartition('.')
+        settings = d[group] if group else d
+        settings[name] = settings.pop(new.rpartition('.')[2])
+    file.write_text(yaml.safe_dump(d, sort_keys=False))
+
+TABLE = (*CROPS, 'encoder.position=table', 'encoder.grid=8')
+
+@pytest.mark.parametrize('words', [(), TABLE], ids=['plain', 'table'])
+def test_a_checkpoint_of_the_first_edition_is_resumed_bit_for_bit(tmp_path, words):
+    import shutil
+    run = train(tiny(*words), tmp_path/'run', progress=False)
+    old = tmp_path/'old'; shutil.copytree(run, old)
+    (old/'done.json').unlink(); shutil.rmtree(old/'checkpoints/step_00000004')
+    folder = old/'checkpoints/step_00000002'
+    for f in ('model', 'optim'):
+        tensors = load_file(folder/f'{f}.safetensors')
+        save_file({as_first_edition(k): v for k, v in tensors.items()}, folder/f'{f}.safetensors')
+        assert set(load_file(folder/f'{f}.safetensors')) != set(tensors)
+    for file in (old/'config.yaml', folder/'config.yaml'): settings_as_first_edition(file)
+    state = json.loads((folder/'state.json').read_text())
+    state['sha256'] = {n: sha256(folder/n) for n in state['sha256']}
+    write_json(folder/'state.json', state | dict(check=state_checksum(state)))
+    train(tiny(*words), old, progress=False)
+    assert results(old, 4) == results(run, 4)
+
+COMMITTED = sorted(p.parent for t in ('small', 'medium')
+                   for p in (ROOT/'figures'/t/'checkpoints').glob('*/*/model.safetensors'))
+
+def test_committed_checkpoints_open():
+    """Settings and tensors of every checkpoint in the repository, under today's names and with the shapes of today's
+    model."""
+    assert len(COMMITTED) > 20
+    models = {}
+    for folder in COMMITTED:
+        cfg = load_config(folder/'config.yaml')
+        key = repr((cfg.encoder, cfg.predictor, cfg.condition))
+        if key not in models: models[key] = {k: v.shape for k, v in random_model(cfg).state_dict().items()}
+        with safe_open(folder/'model.safetensors', 'pt') as f: shapes = {k: torch.Size(f.get_slice(k).get_shape())
+            for k in f.keys()}
+        shapes = rename_tensors(shapes)
+        parts = {k.partition('.')[0] for k in shapes}
+        assert shapes == {k: v for k, v in models[key].items() if k.partition('.')[0] in parts}, folder
+    for folder in COMMITTED[:1]+COMMITTED[-1:]: assert open_run(folder, parts=('teacher',))[0].teacher is not None

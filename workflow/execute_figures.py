@@ -1,7 +1,10 @@
-"""Execute figure notebooks in place, so that a code host shows their pictures: .venv/bin/python workflow/execute_figures.py [STEM ...]
+"""Execute figure notebooks in place, so that a code host shows their pictures:
+.venv/bin/python workflow/execute_figures.py [STEM ...]
 
-They draw from the best runs there are (`runs_home` in nbs/40_probes.ipynb): the committed checkpoints. Images are read from data/ where they are there, else rendered."""
+They read the best runs there are (`runs_home` in nbs/44_results.ipynb): the committed checkpoints. Images are read from
+data/ where that folder exists, else rendered."""
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,24 +15,31 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[1]
 
 def execute(
-    path,             # of a notebook
-    timeout:int=3600, # seconds that one cell may take
-)->nbformat.NotebookNode: # the notebook with its outputs
+    path,               # of a notebook
+    timeout:int=3600,   # seconds that one cell may take
+    skip:tuple=(),      # directives of cells that are left out: ('slow', 'cuda')
+)->nbformat.NotebookNode: # the notebook with its outputs; cells that were left out are without
     "Execute a notebook in its own folder; raises CellExecutionError where a cell fails."
     nb = nbformat.read(path, 4)
-    NotebookClient(nb, timeout=timeout, kernel_name='python3', record_timing=False, resources=dict(metadata=dict(path=str(Path(path).parent)))).execute()
+    flags = re.compile(rf"^#\|\s*({'|'.join(skip)})\b", re.M)
+    sources = [c.source for c in nb.cells]
+    for c in nb.cells:
+        if c.cell_type == 'code' and skip and flags.search(c.source): c.source = ''
+    NotebookClient(nb, timeout=timeout, kernel_name='python3', record_timing=False,
+                   resources=dict(metadata=dict(path=str(Path(path).parent)))).execute()
+    for c, source in zip(nb.cells, sources): c.source = source
     return nb
 
 def main(stems):
     folder, clean = ROOT/'nbs'/'figures', Path(sys.executable).parent/'nbdev_clean'
-    found = sorted(p.stem for p in folder.glob('*.ipynb'))
-    if unknown := set(stems)-set(found): sys.exit(f"{min(unknown)}: no such figure; there are {', '.join(found)}")
+    known = sorted(p.stem for p in folder.glob('*.ipynb'))
+    if unknown := set(stems)-set(known): sys.exit(f"{min(unknown)}: no such figure; there are {', '.join(known)}")
     os.environ.setdefault('DATA', str(ROOT/'data'))
-    for stem in stems or found:
+    for stem in stems or known:
         path = folder/f'{stem}.ipynb'
         nb = execute(path)
-        for c in nb.cells:
-            if c.cell_type == 'code': c.outputs = [o for o in c.outputs if o.get('name') != 'stderr'] # progress bars
+        for c in nb.cells: # progress bars are left out
+            if c.cell_type == 'code': c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
         nbformat.write(nb, path)
         subprocess.run([clean, '--fname', path], check=True)
         print(f'{path.relative_to(ROOT)}: {path.stat().st_size/1024:.0f} kB', flush=True)

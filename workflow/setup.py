@@ -54,10 +54,12 @@ def main():
     start = time.time()
     script = VENV/'bin/pip' # scripts name their interpreter by its full path, so a moved folder needs a new environment
     if version(python) is None or not script.exists() or f'#!{python}' not in script.read_text():
-        if not (find_spec('venv') and find_spec('ensurepip')): stop("Python's venv module is missing; on Debian or Ubuntu: apt install python3-venv")
+        if not (find_spec('venv') and find_spec('ensurepip')):
+            stop("Python's venv module is missing; on Debian or Ubuntu: apt install python3-venv")
         if subprocess.run([sys.executable, '-m', 'venv', '--clear', VENV]).returncode: stop(f'could not make {VENV}')
     v = version(python)
-    print(f"setup: installing into .venv with the pins of {PINS.name} (Python {v[0]}.{v[1]}, about 1.5 minutes)", flush=True)
+    print(f"setup: installing into .venv with the pins of {PINS.name} (Python {v[0]}.{v[1]}, about 1.5 minutes)",
+          flush=True)
     if pip(python, '-c', PINS, '-e', f'.[{EXTRAS}]'): stop('pip could not install the packages, see above')
     if pip(python, '-c', PINS, '--only-binary', 'simplejpeg', '-e', '.[fast]'):
         print('setup: no simplejpeg for this machine; JPEGs are decoded by Pillow, which is slower', flush=True)
@@ -67,7 +69,8 @@ def main():
 
 def compare(python):
     "The library that tests compare with; without it they are skipped."
-    if pip(python, '-c', PINS, '-e', '.[interop]'): print('setup: no transformers; the tests that compare with it will be skipped', flush=True)
+    if pip(python, '-c', PINS, '-e', '.[interop]'):
+        print('setup: no transformers; the tests that compare with it will be skipped', flush=True)
     else: COMPARED.write_text(stamp(version(python)))
 
 if __name__ == '__main__': main()

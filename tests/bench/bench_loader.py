@@ -2,8 +2,9 @@
 
 python tests/bench/bench_loader.py [--shards 'folder/*.tar'] [--images 2000] [--rounds 3]
 
-One thread, CPU time of this process; all variants take turns in every round, on the same plan. `plain worker` is FN's way written
-down simply: Pillow decodes, Pillow resizes, patches are cut, split and put into the first of 64 rows with room.
+One thread, CPU time of this process; all variants take turns in every round, on the same plan. `plain worker` is FN's
+way written down simply: Pillow decodes, Pillow resizes, patches are cut, split and put into the first of 64 rows with
+room.
 """
 import argparse
 import os
@@ -42,7 +43,8 @@ def drawn_shard(folder, images=300):
     from jepa_nb.scenes import scene_sample
     def jpeg(i):
         f = io.BytesIO()
-        Image.fromarray(scene_sample(0, i, side=256)['image'].permute(1, 2, 0).contiguous().numpy()).save(f, 'jpeg', quality=90)
+        Image.fromarray(scene_sample(0, i, side=256)['image'].permute(1, 2, 0).contiguous().numpy()).save(f, 'jpeg',
+            quality=90)
         return dict(key=f'{i:06d}', jpg=f.getvalue())
     write_shards(map(jpeg, range(images)), f'{folder}/train-%06d.tar', per_shard=images)
     return f'{folder}/train-*.tar'
@@ -95,13 +97,16 @@ def main():
 def bench(args, shards):
     cfg = make_config({}, args.words)
     source, kept = open_source('shards', shards, cache=False), open_source('shards', shards, cache=True)
-    items = [i for plan in Planner(source.sizes, cfg, cfg.run.seed, draws=args.images) for row in plan.rows for i in row]
+    items = [i for plan in Planner(source.sizes, cfg, cfg.run.seed, draws=args.images) for row in plan.rows
+             for i in row]
     H, W = source.sizes.mean(0)
     shape = (cfg.pack.rows, cfg.pack.context+cfg.pack.target, cfg.encoder.patch**2*3)
     turbo = data.simplejpeg
-    print(f'{platform.machine()}, {os.cpu_count()} cores, one thread; Python {platform.python_version()}, torch {torch.__version__}, '
+    print(f'{platform.machine()}, {os.cpu_count()} cores, one thread; Python {platform.python_version()}, torch '
+          f'{torch.__version__}, '
           f'Pillow {PIL.__version__}, simplejpeg {turbo.__version__ if turbo else "missing"}')
-    print(f'{len(source)} images, mean {H:.0f}x{W:.0f} px, from {args.shards or "drawn scenes"}; batches {list(shape)} uint8; {args.images} images a round\n')
+    print(f'{len(source)} images, mean {H:.0f}x{W:.0f} px, from {args.shards or "drawn scenes"}; batches '
+          f'{list(shape)} uint8; {args.images} images a round\n')
     runs = {}
     for name, jpeg in (('simplejpeg', turbo), ('Pillow', None)):
         if name == 'simplejpeg' and turbo is None: continue
@@ -121,11 +126,14 @@ def bench(args, shards):
             if busy is not None: others.append((busy_cores()-busy-cpu)/real)
             if cpu/n < best.get(name, 9e9): best[name], wall[name] = cpu/n, real/n
     data.simplejpeg = turbo
-    print(f'{"best of "+str(args.rounds):34} {"images/s":>9} {"us/image":>9} {"wall us":>8}   against bare   against plain worker')
+    print(f'{"best of "+str(args.rounds):34} {"images/s":>9} {"us/image":>9} {"wall us":>8}   against bare   against '
+          f'plain worker')
     for name, s in best.items():
         base = best.get(name.replace('loader', 'bare resize' if 'cache' in name else 'bare decode + resize'))
-        print(f'{name:34} {1/s:9.0f} {s*1e6:9.0f} {wall[name]*1e6:8.0f}   {base/s if base else float("nan"):12.2f}   {best["plain worker, Pillow"]/s:20.2f}')
-    if others: print(f'\nother processes used {np.mean(others):.2f} cores meanwhile (at most {max(others):.2f}); times above are CPU time of this process')
+        print(f'{name:34} {1/s:9.0f} {s*1e6:9.0f} {wall[name]*1e6:8.0f}   {base/s if base else float("nan"):12.2f}   '
+              f'{best["plain worker, Pillow"]/s:20.2f}')
+    if others: print(f'\nother processes used {np.mean(others):.2f} cores meanwhile (at most {max(others):.2f}); '
+                     f'times above are CPU time of this process')
 
 
 if __name__ == '__main__': sys.exit(main())

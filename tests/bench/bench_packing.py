@@ -21,7 +21,8 @@ SETTINGS = (['pack.context=256', 'pack.target=416'], ['pack.context=128', 'pack.
 
 def photo_sizes(images, rng):
     "Sizes as photographs have them whose longer side is at most 256: 4:3 and 3:2 mostly, some squares, some anything."
-    aspect = np.where(rng.random(images) < .75, rng.choice([4/3, 3/2, 1], images, p=[.6, .3, .1]), rng.uniform(1, 2, images))
+    aspect = np.where(rng.random(images) < .75, rng.choice([4/3, 3/2, 1], images, p=[.6, .3, .1]),
+                      rng.uniform(1, 2, images))
     long = np.where(rng.random(images) < .94, 256, rng.integers(64, 257, images))
     short = np.round(long/aspect)
     landscape = rng.random(images) < .7
@@ -55,7 +56,8 @@ def main():
         source = open_source('shards', args.shards, cache=False)
         sizes, name = source.sizes, f'{len(source)} images of {args.shards}'
     else: sizes, name = photo_sizes(4000, np.random.default_rng(0)), '4000 drawn sizes, longer side at most 256'
-    print(f'{platform.machine()}, {os.cpu_count()} cores, one used; Python {platform.python_version()}, numpy {np.__version__}')
+    print(f'{platform.machine()}, {os.cpu_count()} cores, one used; Python {platform.python_version()}, numpy '
+          f'{np.__version__}')
     print(f'sizes: {name}; {args.images} draws; patch 16, pool 32\n')
     print('rows       window  packer     context  target   all    images/row  lost  twice  images/s (CPU)')
     for words in SETTINGS:
@@ -68,7 +70,8 @@ def main():
         draws = np.array([i.draw for row in rows for i in row])
         lost, twice = args.images-len(np.unique(draws)), len(draws)-len(np.unique(draws))
         assert lost == twice == 0, (lost, twice)
-        ours = [row for plan in plans for row in plan.rows if plan.state['next_draw'] < args.images] # those with a full pool
+        # those with a full pool
+        ours = [row for plan in plans for row in plan.rows if plan.state['next_draw'] < args.images]
         used = np.array([(sum(i.context for i in row), sum(i.target for i in row)) for row in ours])
         report(C, T, cfg, 'pool 32', used, sum(map(len, ours))/len(ours), lost, twice, args.images/seconds)
 
@@ -78,12 +81,14 @@ def main():
         seconds = time.process_time()-start
         n = np.cumsum(items, 0)[:, 0].searchsorted(used[:, 0].sum()) + 1
         report(C, T, cfg, 'first fit', used, n/len(used), f'{flushes}*', 0, args.images/seconds)
-    print("\n* images that met 64 rows without room; FN's code drops them. images/s: planned, with sizes and splits; first fit: packed only.")
+    print("\n* images that met 64 rows without room; FN's code drops them. images/s: planned, with sizes and splits; "
+          "first fit: packed only.")
 
 
 def report(C, T, cfg, name, used, per_row, lost, twice, rate):
     c, t = used.mean(0)/(C, T)
-    print(f'{C} + {T}  {cfg.masks.window:6}  {name:9}  {c:7.2%} {t:7.2%} {used.sum()/len(used)/(C+T):7.2%}  {per_row:10.2f}  {lost!s:>4}  {twice:5}  {rate:14,.0f}')
+    print(f'{C} + {T}  {cfg.masks.window:6}  {name:9}  {c:7.2%} {t:7.2%} {used.sum()/len(used)/(C+T):7.2%}  '
+          f'{per_row:10.2f}  {lost!s:>4}  {twice:5}  {rate:14,.0f}')
 
 
 if __name__ == '__main__': main()

@@ -53,19 +53,24 @@ def main():
     a = p.parse_args()
     words = [*a.words, *([f'data.path={a.data}', 'data.kind=shards'] if a.data else [])]
     if a.recipe and '=' in a.recipe: a.recipe, words = None, [a.recipe, *words]
-    base = dict(data=dict(images=500, side=64), scale=dict(min_side=4, max_side=8), pack=dict(rows=4), encoder=dict(patch=8, dim=192, depth=6, heads=3),
+    base = dict(data=dict(images=500, side=64), scale=dict(min_side=4, max_side=8), pack=dict(rows=4),
+                encoder=dict(patch=8, dim=192, depth=6, heads=3),
                 predictor=dict(dim=96, depth=3, heads=3), run=dict(threads=1))
     cfg = load_config(a.recipe, words) if a.recipe else make_config(base, words)
     device = pick_device(cfg.run.device)
-    torch.set_num_threads(cfg.run.threads or torch.get_num_threads()); torch.set_float32_matmul_precision(cfg.run.matmul)
+    torch.set_num_threads(cfg.run.threads
+                          or torch.get_num_threads()); torch.set_float32_matmul_precision(cfg.run.matmul)
     it = loader(open_data(cfg.data), cfg, workers=0)
     batches, images = [], []
     for _ in range(4): b = next(it); batches.append(to_device(b.pack, device)); images.append(b.images)
     n = statistics.mean(images)
     e, r = cfg.encoder, cfg.predictor
-    print(f"torch {torch.__version__}, {platform.machine()}, {torch.cuda.get_device_name() if device.type == 'cuda' else f'{os.cpu_count()} CPUs'}, "
-          f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; matmul {cfg.run.matmul}, error {matmul_error(device):.0e}")
-    print(f"encoder {e.dim}x{e.depth} {e.mlp}, predictor {r.dim}x{r.depth} {r.mlp}, {e.gelu} GELU; rows [{cfg.pack.rows} {cfg.pack.context}+{cfg.pack.target}], "
+    print(f"torch {torch.__version__}, {platform.machine()}, "
+          f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'{os.cpu_count()} CPUs'}, "
+          f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; matmul {cfg.run.matmul}, error "
+          f"{matmul_error(device):.0e}")
+    print(f"encoder {e.dim}x{e.depth} {e.mlp}, predictor {r.dim}x{r.depth} {r.mlp}, {e.gelu} GELU; rows "
+          f"[{cfg.pack.rows} {cfg.pack.context}+{cfg.pack.target}], "
           f"{n:.1f} images, {cfg.objective.repeats} repeats; median of {a.rounds} steps")
     print(f"{'dtype':9} {'form':6} {'wall ms':>8} {'cpu ms':>8} {'images/s':>9} {'images/cpu-s':>12}")
     for dtype in ('float32', 'bfloat16') if multiplies_bfloat16(device) else ('float32',):

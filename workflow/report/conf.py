@@ -1,4 +1,4 @@
-"""Sphinx settings of the report; jepa_nb.report copies this file into the folder that it builds from. Nothing here asks the network."""
+"""Sphinx settings of the report; jepa_nb.site copies this file into its source folder. Nothing here uses a network."""
 from docutils import nodes
 from latex2mathml.converter import convert
 
@@ -12,7 +12,8 @@ nb_execution_mode, nb_merge_streams = 'off', True
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence']
 myst_heading_anchors = 3
 default_role, toc_object_entries = 'literal', False
-autodoc_member_order, autodoc_preserve_defaults, autodoc_typehints, autodoc_inherit_docstrings = 'bysource', True, 'signature', False
+autodoc_member_order, autodoc_typehints = 'bysource', 'signature'
+autodoc_preserve_defaults, autodoc_inherit_docstrings = True, False
 autodoc_default_options = {'members': True, 'undoc-members': True, 'show-inheritance': False}
 autodoc_class_signature, maximum_signature_line_length = 'mixed', 90
 html_theme, html_static_path, html_extra_path = 'furo', ['static'], ['extra']

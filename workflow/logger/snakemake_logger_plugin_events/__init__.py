@@ -1,7 +1,8 @@
 """Snakemake's events as lines of JSON on the file descriptor JEPA_NB_EVENTS, which `jepa_nb reproduce` reads.
 
-Why our own: snakemake-logger-plugin-rich 0.5.1 draws one bar per rule in a panel, has no time left, shows nothing without a terminal and prints whole
-logs of failed jobs. Snakemake finds a plugin by its name on PYTHONPATH, so this one needs no installation."""
+`snakemake-logger-plugin-rich` 0.5.1 is no alternative: it draws one bar per rule in a panel, does not show the time
+left, prints nothing without a terminal, and prints whole logs of failed jobs. Snakemake finds a plugin by its name on
+PYTHONPATH, so this one needs no installation."""
 import json
 import os
 
@@ -21,6 +22,6 @@ class LogHandler(LogHandlerBase):
     def emit(self, record):
         event = str(getattr(record, 'event', None) or '')
         if event not in EVENTS: return
-        said = {k: v for k in FIELDS if (v := getattr(record, k, None)) is not None}
-        try: os.write(self.fd, (json.dumps(dict(event=event) | said, default=str)+'\n').encode())
+        fields = {k: v for k in FIELDS if (v := getattr(record, k, None)) is not None}
+        try: os.write(self.fd, (json.dumps(dict(event=event) | fields, default=str)+'\n').encode())
         except OSError: pass # the reader has ended; this process ends with it
