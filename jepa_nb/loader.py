@@ -321,8 +321,8 @@ def pack_images(
     rng:np.random.Generator|None=None,   # randomness; None: seed 0
 )->Pack:                                 # as many rows as the images need; sample k is images[k]
     "Pack a list of images into one `Pack`, each with one context."
-    images, cfg = [to_rgb(image, uint8_only=True) for image in images], replace(cfg,
-        masks=replace(cfg.masks, contexts=1))
+    images = [to_rgb(image, uint8_only=True) for image in images]
+    cfg = replace(cfg, masks=replace(cfg.masks, contexts=1))
     if splits is None:
         check_slots(cfg)
         seed = int((rng or np.random.default_rng(0)).integers(2**63))

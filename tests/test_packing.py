@@ -315,7 +315,7 @@ def test_an_image_with_several_contexts_is_one_image(config):
 
 
 def test_windows_have_one_context():
-    with pytest.raises(ConfigError, match='masks: contexts 2: with windows'): make_config({}, ['masks.contexts=2'])
+    with pytest.raises(ConfigError, match='masks: contexts 2: with window masks'): make_config({}, ['masks.contexts=2'])
 
 
 def test_reference_blocks_by_the_number_of_the_group():
