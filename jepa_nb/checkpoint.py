@@ -51,6 +51,7 @@ TENSOR_ALIASES = { # pattern at the start of, or inside, a first edition's name 
     r'^predictor\.out(?=\.)': 'predictor.proj',
     r'\.attn\.out(?=\.)': '.attn.proj',
     r'^(encoder|teacher)\.table(?=\.|$)': r'\1.pos_embed',
+    r'\.conditioner\.marker(?=\.|$)': '.conditioner.type_embedding',
 }
 
 def rename_tensors(
@@ -173,7 +174,7 @@ def is_only_checkpoint(
 def expired_checkpoints(
     run:Path,      # run folder
     step:int,      # of the checkpoint that was just written
-    keep:int,      # newest whole checkpoints that stay, up to `step`
+    keep:int,      # newest complete checkpoints that stay, up to `step`
     keep_at=(),    # steps whose checkpoints always stay
 )->list[Path]:     # newest first
     "List the checkpoints that may be removed after a save."

@@ -92,7 +92,9 @@ def split_words(
     words,        # 'eval.side=224', 'run.steps=3'
     *groups:str,  # 'eval', ...
 )->list[list[str]]: # the words of each group without its name, then the others
-    "Settings by their group."
+    "Settings by their group. Raises CliError for one without a value."
+    for w in words:
+        if w.startswith(tuple(f'{g}.' for g in groups)) and '=' not in w: refuse(f"{w}: should be {w}=VALUE")
     named = [[w.partition('.')[2] for w in words if w.startswith(f'{g}.')] for g in groups]
     return [*named, [w for w in words if not w.startswith(tuple(f'{g}.' for g in groups))]]
 

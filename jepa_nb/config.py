@@ -121,8 +121,8 @@ class PackConfig:
     context:Count=256    # context slots per row; FN: 128
     target:Count=416     # target slots per row; FN: 192
     image:Whole=0        # multiblock: slots per row for whole images; contexts and targets are indices into them
-    pool:Count=32        # images that wait for a row that they fill well; 1: one image per row (IJ)
-    static:bool=True     # every batch has all its slots; False (multiblock): only as many as it needs (IJ)
+    pool:Count=32        # planned images in the buffer that rows are filled from; 1: one image per row (IJ)
+    static:bool=True     # every batch has all slots; False (multiblock): as many as its fullest row uses (IJ)
 
 # %% ../nbs/00_config.ipynb #ec9972ee
 def _check_width(cfg):
@@ -192,9 +192,9 @@ class PredictorConfig:
 class ObjectiveConfig:
     "What the predictor receives and what it is compared with (FN §3)."
     # the settings up to slot_margin are for window masks
-    repeats:Count=4          # copies of every row in the predictor
-    keep_context:Share=.25   # share of the context windows that a copy keeps
-    keep_target:Share=.25    # share of the target windows that a copy keeps
+    repeats:Count=4          # predictor rows made of every row of a batch
+    keep_context:Share=.25   # share of the context windows that each predictor row keeps
+    keep_target:Share=.25    # share of the target windows that each predictor row keeps
     # windows are dropped per image; row: per row (FN's code), so that some targets have no context of their image
     drop:Literal['image', 'row']='image'
     slot_margin:AtLeast1=1.5 # drop=image: slots per predictor row as a multiple of the expected number of kept tokens
@@ -204,7 +204,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class ConditionConfig:
-    "Conditioning tokens: pooled positions of the other side's patches, given to an encoder (EC §2)."
+    "Conditioning tokens: pooled target positions for the context encoder, context positions for the teacher (EC §2)."
     # positions: EC; controls: random positions of the same image (shuffled), tokens independent of it (learned)
     kind:Literal['none', 'positions', 'shuffled', 'learned']='none'
     # training: pool a block of m patches in chunks of m // chunks_per_block; 0: no pooling. A window becomes one token

@@ -26,12 +26,12 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import images_seen, open_run, random_model, find_checkpoint
+from .checkpoint import find_checkpoint, images_seen, open_run, random_model
 from .config import Config
 from .depth_head import DPT, METRICS, ThreeConvs, depth_errors, depth_loss, head_layers, scale_factors
 from .eval_config import DepthConfig
-from .features import features
-from .frozen import center_square, extract, open_encoder, warn_skipped
+from .features import batch_features
+from .frozen import center_square, dataset_features, load_encoder, warn_skipped
 from .files import RunError, repo_path, sha256, short_path, weights_file, write_atomic
 from .images import BadImage, DataError, to_rgb
 from .patches import center_crop
@@ -112,7 +112,7 @@ ENCODE_CHUNK = 64   # images encoded together
 class DepthPairs:
     "Frozen features and true depth of images, cached in memory where they fit, else computed when asked for."
     def __init__(self,
-        encoder,           # see `open_encoder`
+        encoder,           # see `load_encoder`
         source,            # images, see `open_source`
         indices,           # which images, see `indices_with_depth`
         side:int,          # pixels
@@ -121,7 +121,7 @@ class DepthPairs:
         cache_bytes:int=DEPTH_CACHE_BYTES, # cache what is at most so large
         progress=None,     # text of a progress bar; None shows none
     ):
-        self.encoder, self.source, self.indices, self.side = open_encoder(encoder), source, np.asarray(indices), side
+        self.encoder, self.source, self.indices, self.side = load_encoder(encoder), source, np.asarray(indices), side
         self.layers, self.crop, self.cached = list(layers), crop, None
         patch = self.encoder.patch
         if side%patch:
@@ -146,7 +146,7 @@ class DepthPairs:
         "Read and encode images; raises RunError where features are not finite."
         images, grid, D = self.indices[np.asarray(ids)], self.side//self.encoder.patch, len(self.layers)
         truth = depth_truths(self.source, images, self.side, self.crop)
-        try: x = extract(self.encoder, self.source, self.side, self.layers, pool='none', indices=images)
+        try: x = dataset_features(self.encoder, self.source, self.side, self.layers, pool='none', indices=images)
         except DataError: # none of the images could be decoded
             x = torch.full((len(images), D, grid**2, self.encoder.dim), torch.nan)
         x = rearrange(x, 'i D (y x) d -> i D d y x', y=grid)
@@ -387,7 +387,7 @@ def evaluate_depth(
     is_random = isinstance(run, Config)
     found = None if is_random else find_checkpoint(run) # a run may have a newer one that is damaged
     model, recipe = (random_model(run), run) if is_random else open_run(found, parts=('teacher',))
-    encoder, e = open_encoder(model).to(device), recipe.encoder
+    encoder, e = load_encoder(model).to(device), recipe.encoder
     seed = recipe.run.seed if cfg.seed is None else cfg.seed
     side, layers = cfg.side or recipe.scale.max_side*e.patch, head_layers(cfg, e.depth)
     refuse_shared(train, test)
@@ -478,9 +478,9 @@ def predict_depth(
     name:str='depth', # which head: eval/<name>.json
 )->Tensor:            # [i side side] metres, of the central squares
     "Predict the depth of images in metres, from nothing but their pixels."
-    encoder, head = open_encoder(open_run(run, parts=('teacher',))[0]), result_head(read_depth(run, name))
+    encoder, head = load_encoder(open_run(run, parts=('teacher',))[0]), result_head(read_depth(run, name))
     def predict(image):
         square = center_square(to_rgb(image), head.side)[None]
-        tokens = features(encoder, square, head.layers, pool='none')
+        tokens = batch_features(encoder, square, head.layers, pool='none')
         return head(rearrange(tokens, '1 D (y x) d -> 1 D d y x', y=head.side//encoder.patch))
     return torch.cat([head.metres(predict(image)) for image in images])

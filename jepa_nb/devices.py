@@ -106,7 +106,8 @@ def init_distributed(
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     device = pick_device(cfg.run.device)
     if cfg.pack.rows%world:
-        raise RunError(f"pack.rows {cfg.pack.rows} cannot be shared by {world} processes; a multiple of {world} can")
+        raise RunError(f"pack.rows {cfg.pack.rows} cannot be shared by {world} processes; "
+                       f"set pack.rows to a multiple of {world}")
     if device.type == 'cuda':
         device = torch.device('cuda', local if world > 1 or device.index is None else device.index)
         torch.cuda.set_device(device)

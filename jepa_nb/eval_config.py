@@ -70,7 +70,16 @@ def _as_yaml(v):
     "A text such as `4,4` as the list that it means; anything else as it is."
     return yaml.safe_load(f'[{v}]') if isinstance(v, str) and ',' in v else v
 
-Pooling = Annotated[Literal['off', False]|tuple[Count, Count]|None, BeforeValidator(_as_yaml)]
+def _as_pooling(v):
+    "Kernel and stride of pooling, `off`, or None. Raises ValueError otherwise."
+    v = _as_yaml(v)
+    if v is None or v == 'off': return v
+    if v is False: return 'off' # as YAML reads off
+    is_pair = isinstance(v, (list, tuple)) and len(v) == 2 and all(type(k) is int and k > 0 for k in v)
+    if not is_pair: raise ValueError(f"should be off, or kernel and stride in patches, such as 4,4, not {v!r}")
+    return tuple(v)
+
+Pooling = Annotated[Literal['off']|tuple[Count, Count]|None, BeforeValidator(_as_pooling)]
 Cuts    = Annotated[tuple[float, ...]|str, BeforeValidator(_as_yaml)]
 Side    = Annotated[Count, Field(le=4096)]
 

@@ -28,7 +28,7 @@ from .conditioning import resolve_pooling
 from .config import Config
 from .eval_config import EvalConfig, RankConfig, SetConfig
 from .files import RunError, sha256, short_path, weights_file, write_atomic
-from .frozen import extract, training_views
+from .frozen import dataset_features, training_views
 from .heads import PROTOCOLS, head_probe
 from .images import DataError
 from .metrics import check_scores, lidar_config, rank_scores
@@ -83,7 +83,7 @@ def subject_features(
     last = len(subject.encoder.blocks)
     depths = dict(all=None, last=[last], last4=range(max(last-3, 0), last+1))[cfg.layers]
     norm = 'both' if cfg.layers == 'all' else 'after'
-    x = extract(subject.encoder, source, subject.side, depths, norm, condition=cfg.condition, indices=indices,
+    x = dataset_features(subject.encoder, source, subject.side, depths, norm, condition=cfg.condition, indices=indices,
                 view=view,
                 progress=progress)
     return rearrange(x, 'i D d -> i 1 (D d)') if cfg.layers == 'last4' else x
@@ -108,8 +108,8 @@ def task_features(
 )->TaskFeatures:
     "Features of the images of a task."
     resize = PROTOCOLS[cfg.protocol].resize if cfg.protocol in PROTOCOLS else 'bilinear'
-    views = training_views(cfg.view, cfg.augment, cfg.crops, how=resize)
-    plain = training_views(cfg.view, 'none', how=resize)[0]
+    views = training_views(cfg.view, cfg.augment, cfg.crops, interpolation=resize)
+    plain = training_views(cfg.view, 'none', interpolation=resize)[0]
     (train, train_ids, train_y), (test, test_ids, test_y) = task
     look = lambda source, ids, view, text: subject_features(subject, source, ids, view, cfg, text if progress else None)
     x = [look(train, train_ids, view, f'train features {k} of {len(views)}') for k, view in enumerate(views, 1)]

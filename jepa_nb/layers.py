@@ -98,12 +98,13 @@ class TokenLayout(NamedTuple):
 # %% ../nbs/21_layers.ipynb #1903da9c
 def token_layout(
     sample:Tensor,                # [b n] image of each token, -1 padding
-    form:str='auto',              # 'flat' or 'dense'; 'auto': flat on a CPU, dense on other devices
+    # 'flat': variable-length attention without padding; 'dense': masked attention on padded rows; 'auto': flat on a CPU
+    attention:str='auto',
 )->TokenLayout:
     "Sort tokens by the length of their image (flat), or keep rows and build an attention mask (dense)."
     b, n = sample.shape
-    if form == 'auto': form = 'flat' if sample.device.type == 'cpu' else 'dense'
-    if form == 'dense': return TokenLayout((b, n), None, (), same_sample(sample), sample.flatten() >= 0)
+    if attention == 'auto': attention = 'flat' if sample.device.type == 'cpu' else 'dense'
+    if attention == 'dense': return TokenLayout((b, n), None, (), same_sample(sample), sample.flatten() >= 0)
     first_id = torch.arange(b, device=sample.device)[:, None]*(sample.max()+1).clamp(min=1)
     ids = sample + first_id # image ids that no two rows share
     slots = (sample.flatten() >= 0).nonzero().squeeze(1)
@@ -117,7 +118,7 @@ def attend(
     q:Tensor, k:Tensor, v:Tensor, # [n h d] flat
     lay:TokenLayout,              # of those tokens
 )->Tensor:                        # [n h d]
-    "Attention within each image, in the form of the layout."
+    "Attention within each image, flat or dense as the layout says."
     if lay.attend is not None:
         q, k, v = (t.unflatten(0, lay.shape) for t in (q, k, v))
         return attend_dense(q, k, v, lay.attend).flatten(0, 1)

@@ -23,7 +23,8 @@ from .config import AugmentConfig
 from .images import BadImage, DataError, to_rgb
 from .masks import Split, window_ids
 from jepa_nb.packing import (
-    AUGMENT, KEYS, PLAN, Batch, Pack, PackingBuffer, Plan, PlannedImage, Planner, block_split, check_slots, plan_image,
+    AUGMENT, PLAN, WINDOW_ORDER, Batch, Pack, PackingBuffer, Plan, PlannedImage, Planner, block_split, check_slots,
+    plan_image,
     row_slots, uniforms,
 )
 from .patches import AUGMENT_DRAWS, Tokens, augment, positions, resize
@@ -40,7 +41,7 @@ def planned_split(
     grid = item.size[0]//p, item.size[1]//p
     if cfg.masks.kind == 'multiblock': return block_split(item.draw, grid, seed, cfg)
     ids = window_ids(grid, w)
-    keys = uniforms(seed, KEYS, item.draw, (cfg.scale.max_side//w)**2)[:len(ids)]
+    keys = uniforms(seed, WINDOW_ORDER, item.draw, (cfg.scale.max_side//w)**2)[:len(ids)]
     order = ids[keys.argsort()].reshape(-1)
     return Split(order[:item.context], [order[item.context:]])
 
@@ -50,7 +51,7 @@ def render_view(
     seed:int=0,        # of augmentation
     cfg=None,          # Config: augment as `cfg.augment` says; None: no augmentation
 )->Tensor:             # [H W 3] uint8, at item.size
-    "Crop and resize an image as planned, and augment it if a recipe is given."
+    "Crop and resize an image as planned, and augment it if a config is given."
     if item.box:
         top, left, height, width = item.box
         image = image[top:top+height, left:left+width].contiguous()
@@ -164,7 +165,7 @@ def assemble(
 )->Batch:
     "Decode the images of a plan into a batch; the slots of an image that cannot be decoded stay empty."
     writer = PackWriter(len(rows), cfg)
-    index, images, skipped, reason = [], 0, [], ''
+    dataset_index, images, skipped, reason = [], 0, [], ''
     for r, row in enumerate(rows):
         writer.start_row(r)
         for item in row:
@@ -174,15 +175,15 @@ def assemble(
                 reason = str(e)
                 if is_first: skipped = skipped + [reason]
                 continue
-            writer.write(view, s, item.draw if by_draw else len(index))
-            index.append(item.index)
+            writer.write(view, s, item.draw if by_draw else len(dataset_index))
+            dataset_index.append(item.dataset_index)
             images += is_first
         writer.finish_row()
-    if reason and not index:
+    if reason and not dataset_index:
         raise DataError(f"none of the {sum(map(len, rows))} images of a batch can be decoded, e.g. {reason}")
     pack = writer.pack()
-    used = (pack.image.sample >= 0).float().mean().item()
-    return Batch(pack, images, torch.tensor(index), skipped, state or {}, used)
+    fill_rate = (pack.image.sample >= 0).float().mean().item()
+    return Batch(pack, images, torch.tensor(dataset_index), skipped, state or {}, fill_rate)
 
 # %% ../nbs/18_loader.ipynb #bd1a9c41
 class _PlanDecoder:
@@ -196,7 +197,7 @@ class _PlanDecoder:
     def __getitem__(self, plan:Plan):
         "A batch, or the error that stops the run: a raised one would arrive wrapped in the worker's traceback."
         first, end = (len(plan.rows)*r//self.world for r in (self.rank, self.rank+1))
-        def image(item): return self.source.image(item.index)
+        def image(item): return self.source.image(item.dataset_index)
         def split(item): return planned_split(item, self.seed, self.cfg)
         try: return assemble(plan.rows[first:end], image, split, self.cfg, plan.state, seed=self.seed)
         except DataError as e: return e
@@ -224,7 +225,7 @@ def loader(
     "Packed batches: a function of (cfg, data, state). For a `Source` the number of workers changes nothing."
     if cfg.pack.rows%world:
         raise ValueError(f"pack.rows {cfg.pack.rows} cannot be shared by {world} devices; "
-                         f"pack.rows={math.ceil(cfg.pack.rows/world)*world} can")
+                         f"set pack.rows to {math.ceil(cfg.pack.rows/world)*world}")
     workers = cfg.data.workers if workers is None else workers
     if isinstance(source, Stream): return _streamed(source, cfg, rank, world, state, workers)
     decoder = _PlanDecoder(source, cfg, cfg.run.seed, rank, world)
@@ -239,7 +240,7 @@ def pack_stream(
     pixels,               # image -> [H W 3] uint8; may raise BadImage
     rows:int,             # rows in a batch
     state:dict|None=None, # `Batch.state` to resume from; `images` starts from its beginning again
-)->Iterator[Batch]:       # `index` is the image's number in the sequence
+)->Iterator[Batch]:       # `dataset_index` is the image's number in the sequence
     "Pack images in the order in which they arrive."
     state, held = state or dict(next_draw=0, pool=[]), {} # held: images of the buffer, by draw
     contexts, was_waiting = cfg.masks.contexts, set(state['pool'])
@@ -342,18 +343,20 @@ def _fixed_item(k, image, split, cfg):
     item = PlannedImage(k, k, (H, W), len(split.context), segments*max(map(len, split.targets)))
     if H%patch or W%patch: raise ValueError(f"image {k} of {H}x{W} px is not made of patches of {patch} px")
     for name in ('context', 'target'):
-        need, slots, unit = getattr(item, name), getattr(cfg.pack, name), cfg.masks.tile**2
+        need, slots, tokens_per_tile = getattr(item, name), getattr(cfg.pack, name), cfg.masks.tile**2
         if need > slots: raise ValueError(f"image {k} has {need} {name} patches, a row has pack.{name} {slots}")
-        if need%unit: raise ValueError(f"image {k} has {need} {name} patches, not whole windows of {unit}")
+        if need%tokens_per_tile:
+            raise ValueError(f"image {k} has {need} {name} patches, not whole windows of {tokens_per_tile}")
     if len(split.targets) > segments:
-        raise ValueError(f"image {k} has {len(split.targets)} target blocks, the recipe {segments}")
+        raise ValueError(f"image {k} has {len(split.targets)} target blocks, masks.targets is {segments}")
     return item
 
 # %% ../nbs/18_loader.ipynb #9b421cb3
 def pack_for_evaluation(
     images,                   # list of images, see `to_rgb`, or one tensor [i H W 3]; sides multiples of `patch`
     patch:int,                # pixels per patch side
-    slots:int|str|None=None,  # tokens of a row; 'alone': one image per row; None: up to 1024, or the largest image
+    slots_per_row:int|None=None, # slots of a row; None: as many as needed, up to 1024 or the largest image
+    one_per_row:bool=False,   # one image per row; the rows are as long as the largest image
 )->Tokens:                    # sample k is images[k]
     "Whole images as rows of tokens; raise ValueError for an image that is not whole patches or does not fit."
     images = [to_rgb(image, uint8_only=True) for image in images]
@@ -362,11 +365,11 @@ def pack_for_evaluation(
     for k, (H, W, _) in enumerate(image.shape for image in images):
         if H%patch or W%patch: raise ValueError(f"image {k} of {H}x{W} px is not made of patches of {patch} px")
     lengths = [y*x for y, x in grids]
-    most = max(1024, *lengths) if slots is None else slots
-    if most != 'alone' and max(lengths) > most:
-        raise ValueError(f"an image of {max(lengths)} patches does not fit a row of {most}")
-    rows = [[k] for k in range(len(images))] if slots == 'alone' else first_fit(lengths, most)
-    n = slots if isinstance(slots, int) else max(sum(lengths[k] for k in row) for row in rows)
+    capacity = max(1024, *lengths) if slots_per_row is None else slots_per_row
+    if max(lengths) > capacity:
+        raise ValueError(f"an image of {max(lengths)} patches does not fit a row of {capacity}")
+    rows = [[k] for k in range(len(images))] if one_per_row else first_fit(lengths, capacity)
+    n = max(sum(lengths[k] for k in row) for row in rows) if slots_per_row is None else slots_per_row
     x = np.zeros((len(rows), n, patch*patch*3), np.uint8)
     pos, sample = np.zeros((len(rows), n, 2), np.float32), np.full((len(rows), n), -1)
     for r, row in enumerate(rows):

@@ -51,7 +51,7 @@ def token_losses(
         with torch.inference_mode():
             out = jepa.predict(to_device(batch.pack, device), g)
             value = F.smooth_l1_loss(out.pred.float(), out.target.float(), reduction='none')[out.is_scored]
-        number = batch.index.to(device)[out.sample[out.is_scored]]
+        number = batch.dataset_index.to(device)[out.sample[out.is_scored]]
         yield Losses(value.cpu(), out.pos[out.is_scored].long().cpu(), number.cpu())
         bar.update(batch.images)
     bar.close()
@@ -153,7 +153,7 @@ class Masks(NamedTuple):
     "Random masks of one grid of patches, and the predictor rows made of each."
     context:Tensor # [m c] patches, window by window; -1 is padding
     target:Tensor  # [m t]
-    copies:PredictorRows # repeats of the m masks, with what each keeps
+    predictor_rows:PredictorRows # of the m masks, `repeats` of each
 
 def window_order(
     grid:tuple[int,int], # patches down and across
@@ -202,7 +202,7 @@ def join_rows(
     "Predictor rows of several images, as indices into one pack."
     row = torch.cat([p.row+a for p, a in zip(parts, first)])
     context, target = (torch.cat([getattr(p, k) for p in parts]) for k in ('context', 'target'))
-    return PredictorRows(row.to(device), context.to(device), target.to(device), parts[0].kept)
+    return PredictorRows(row.to(device), context.to(device), target.to(device), parts[0].fit_share)
 
 class MaskedLosses(NamedTuple):
     "Losses of some images under many masks, one entry for every predicted token."
@@ -215,7 +215,8 @@ class MaskedLosses(NamedTuple):
 def masked_losses(
     jepa:JEPA,         # encoder, teacher and predictor
     tokens:Tokens,     # [i n p], of whole images of one size
-    truth:Tensor|None, # [i n d] the teacher's features; None: run the teacher under every mask (EC: it is conditioned)
+    # [i n d] the teacher's features; None: run the teacher under every mask (EC: it is conditioned)
+    target_features:Tensor|None,
     masks:list,        # `Masks` of each image
 )->MaskedLosses:
     "Losses of some images under many masks."
@@ -223,11 +224,12 @@ def masked_losses(
     image = torch.arange(len(masks)).repeat_interleave(torch.tensor(m)).to(device)   # of each row
     mask = torch.cat([torch.arange(k) for k in m]).to(device)
     context, target = (torch.cat([getattr(k, name) for k in masks]).to(device) for name in ('context', 'target'))
-    copies = join_rows([k.copies for k in masks], np.cumsum([0, *m[:-1]]).tolist(), device)
+    predictor_rows = join_rows([k.predictor_rows for k in masks], np.cumsum([0, *m[:-1]]).tolist(), device)
     sample = torch.arange(len(image), device=device)[:, None].expand(-1, tokens.pos.shape[1])
     pack = Pack(Tokens(tokens.x[image], tokens.pos[image], sample), context, target, target.clamp(max=0))
-    known = None if truth is None else truth[image[:, None], target.clamp(min=0)]
-    out = jepa.predict(pack, torch.Generator(image.device).manual_seed(0), truth=known, copies=copies)
+    known = None if target_features is None else target_features[image[:, None], target.clamp(min=0)]
+    out = jepa.predict(pack, torch.Generator(image.device).manual_seed(0), target_features=known,
+                       predictor_rows=predictor_rows)
     value = F.smooth_l1_loss(out.pred.float(), out.target.float(), reduction='none')[out.is_scored].mean(1)
     row = out.sample[out.is_scored]
     return MaskedLosses(value, image[row], mask[row], out.pos[out.is_scored].long())

@@ -17,8 +17,8 @@ from einops import repeat
 from matplotlib.colors import hsv_to_rgb
 
 from .config import Config
-from .features import features
-from .frozen import center_square, open_encoder, square_batches
+from .features import batch_features
+from .frozen import center_square, load_encoder, square_batches
 from .jepa import JEPA
 from .losses import LossMap, MaskPlan, accumulate_losses, sample_indices
 from .norms import energy
@@ -176,11 +176,11 @@ def token_energies(
 # before the output norm [i D y x], after it [i y x]; NaN for an image that cannot be decoded
 )->tuple[np.ndarray,np.ndarray]:
     "Energy of every token of whole images (FN §1)."
-    encoder = open_encoder(model)
+    encoder = load_encoder(model)
     depths = len(encoder.blocks)+1
     before, after = np.full((len(ids), depths, side, side), np.nan), np.full((len(ids), side, side), np.nan)
     for places, images in square_batches(source, ids, side*encoder.patch, max(1, tokens//side**2), progress):
-        h = features(encoder, images, norm='both', pool='none')
+        h = batch_features(encoder, images, norm='both', pool='none')
         e = energy(h).view(len(h), depths+1, side, side).cpu().numpy()
         before[places], after[places] = e[:, :-1], e[:, -1]
     return before, after

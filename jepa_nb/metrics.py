@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .conditioning import counts_in_mean, inference_conditioning
+from .conditioning import inference_conditioning, mean_includes_conditioning
 from .config import Config
-from .features import features
+from .features import batch_features
 from .images import BadImage, DataError
 from .jepa import JEPA, encode_targets, gather_tokens
 from .loader import loader, pack_for_evaluation, planned_split, render_view
@@ -141,16 +141,18 @@ def pooled_features(
                     # None: a conditioned encoder receives the positions of the whole image
 )->Tensor:          # [i d]
     "Mean feature of each image, after the output norm."
-    if contexts is None: return features(encoder, images, [len(encoder.blocks)], 'after')[:, 0]
-    device, conditioner, in_mean = next(encoder.parameters()).device, encoder.conditioner, counts_in_mean(encoder)
-    tokens = Tokens(*(t.to(device) for t in pack_for_evaluation(images, encoder.patch, 'alone')))
-    ids, extra = pad_lists(contexts).to(device), inference_conditioning(encoder, tokens)
+    if contexts is None: return batch_features(encoder, images, [len(encoder.blocks)], 'after')[:, 0]
+    device, conditioner = next(encoder.parameters()).device, encoder.conditioner
+    in_mean = mean_includes_conditioning(encoder)
+    tokens = Tokens(*(t.to(device) for t in pack_for_evaluation(images, encoder.patch, one_per_row=True)))
+    ids, conditioning = pad_lists(contexts).to(device), inference_conditioning(encoder, tokens)
     if conditioner is not None and targets is not None:
         pack = Pack(tokens, ids, *(t.to(device) for t in pad_blocks(targets)))
-        extra = conditioner.targets(pack, torch.Generator(device).manual_seed(0))
+        conditioning = conditioner.tokens_for_context_encoder(pack, torch.Generator(device).manual_seed(0))
     tokens = gather_tokens(tokens, ids)
-    z, _ = encoder.features(tokens, extra=extra, keep_extra=in_mean) # zero at padding
-    sample = tokens.sample if extra is None or not in_mean else torch.cat((tokens.sample, extra.sample), 1)
+    z, _ = encoder.features(tokens, conditioning=conditioning, return_conditioning=in_mean) # zero at padding
+    sample = tokens.sample
+    if conditioning is not None and in_mean: sample = torch.cat((sample, conditioning.sample), 1)
     return z.sum(1)/(sample >= 0).sum(1, keepdim=True)
 
 def pad_lists(lists)->Tensor: # [i n], -1 padding

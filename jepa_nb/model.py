@@ -101,64 +101,66 @@ class Encoder(nn.Module):
 
     def forward_blocks(self,
         tokens:Tokens,          # x [b n p] uint8 or in [-1, 1]
-        form:str='auto',        # of attention: 'flat', 'dense'
+        attention:str='auto',   # 'flat', 'dense': see `token_layout`
         keep:bool=False,        # keep the output of every depth
-        extra:Tokens|None=None, # conditioning tokens: x [b e d], pos [b e 2], sample [b e]
-        keep_extra:bool=False,  # return their outputs too, in e more slots
+        conditioning:Tokens|None=None, # conditioning tokens: x [b e d], pos [b e 2], sample [b e]
+        return_conditioning:bool=False,  # return their outputs too, in e more slots
     )->tuple[list[Tensor],TokenLayout,Tensor|None]: # flat [n d] of the last or of all depths; layout; auxiliary loss
         "Patch embedding, positions and blocks: all of the encoder before its output norm."
         if tokens.x.shape[-1] != 3*self.patch**2:
             raise ValueError(f"patches have {tokens.x.shape[-1]} values, this encoder takes "
                              f"3*{self.patch}*{self.patch}")
-        lay = token_layout(tokens.sample, form)
+        lay = token_layout(tokens.sample, attention)
         x = lay.flat(tokens.x)
         if x.dtype == torch.uint8: x = scale_pixels(x, 'bfloat16' if self.pixels == 'unit_bfloat16' else 'float32')
         x = self.embed(normalize_pixels(x) if self.pixels == 'imagenet' else x)
-        if extra is None or not extra.sample.shape[1]:
+        if conditioning is None or not conditioning.sample.shape[1]:
             x, rope = add_positions(x, lay.flat(tokens.pos), self)
             hidden, loss = run_blocks(self, x, rope, lay, keep)
             return hidden, lay, loss
         if self.position != 'rope': x, _ = add_positions(x, lay.flat(tokens.pos), self)
-        return self.forward_with_extra(x, lay, tokens, form, keep, extra, keep_extra)
+        return self.forward_with_conditioning(x, lay, tokens, attention, keep, conditioning, return_conditioning)
 
-    def forward_with_extra(self,
+    def forward_with_conditioning(self,
         x:Tensor,         # [n d] embedded patches, flat
         lay:TokenLayout,  # of the patches
         tokens:Tokens,    # the patches: pos and sample
-        form:str, keep:bool, extra:Tokens, keep_extra:bool, # see `forward_blocks`
+        attention:str, keep:bool, conditioning:Tokens, return_conditioning:bool, # see `forward_blocks`
     )->tuple[list[Tensor],TokenLayout,Tensor|None]: # see `forward_blocks`
         "Run the blocks on patch tokens followed by conditioning tokens."
-        n, both = tokens.sample.shape[1], token_layout(torch.cat((tokens.sample, extra.sample), 1), form)
-        x = both.flat(torch.cat((lay.rows(x), extra.x.to(x.dtype)), 1))
-        pos, rope = torch.cat((tokens.pos, extra.pos), 1), None
+        n, both = tokens.sample.shape[1], token_layout(torch.cat((tokens.sample, conditioning.sample), 1), attention)
+        x = both.flat(torch.cat((lay.rows(x), conditioning.x.to(x.dtype)), 1))
+        pos, rope = torch.cat((tokens.pos, conditioning.pos), 1), None
         if self.position == 'rope': _, rope = add_positions(x, both.flat(pos), self)
         hidden, loss = run_blocks(self, x, rope, both, keep)
-        return (hidden, both, loss) if keep_extra else ([lay.flat(both.rows(h)[:, :n]) for h in hidden], lay, loss)
+        if return_conditioning: return hidden, both, loss
+        return [lay.flat(both.rows(h)[:, :n]) for h in hidden], lay, loss
 
     def features(self,
         tokens:Tokens,                                 # x [b n p]
-        form:str='auto',                               # of attention: 'flat', 'dense'
-        extra:Tokens|None=None, keep_extra:bool=False, # see `forward_blocks`
+        attention:str='auto',                          # 'flat', 'dense': see `token_layout`
+        conditioning:Tokens|None=None, return_conditioning:bool=False, # see `forward_blocks`
     )->tuple[Tensor,Tensor|None]: # [b n d], auxiliary loss
         "Features after the output norm, zero at padding."
-        hidden, lay, loss = self.forward_blocks(tokens, form, extra=extra, keep_extra=keep_extra)
+        hidden, lay, loss = self.forward_blocks(tokens, attention, conditioning=conditioning,
+                                                return_conditioning=return_conditioning)
         return lay.rows(apply_norm(self.norm, hidden[-1], lay)), loss
 
     def forward(self,
         tokens:Tokens,          # x [b n p]
-        form:str='auto',        # of attention: 'flat', 'dense'
-        extra:Tokens|None=None, # see `forward_blocks`
+        attention:str='auto',   # 'flat', 'dense': see `token_layout`
+        conditioning:Tokens|None=None, # see `forward_blocks`
     )->Tensor:                  # [b n d]
-        return self.features(tokens, form, extra)[0]
+        return self.features(tokens, attention, conditioning)[0]
 
     def hidden(self,
         tokens:Tokens,          # x [b n p]
         depths=None,            # list of depths, 0 is the patch embedding; None: all depth+1
-        form:str='auto',        # of attention: 'flat', 'dense'
-        extra:Tokens|None=None, keep_extra:bool=False, # see `forward_blocks`
+        attention:str='auto',   # 'flat', 'dense': see `token_layout`
+        conditioning:Tokens|None=None, return_conditioning:bool=False, # see `forward_blocks`
     )->list[Tensor]:            # [b n d] each
         "Features of several depths, before the output norm: the input of FN's probes (§8.3)."
-        hidden, lay, _ = self.forward_blocks(tokens, form, True, extra, keep_extra)
+        hidden, lay, _ = self.forward_blocks(tokens, attention, True, conditioning, return_conditioning)
         return [lay.rows(hidden[i]) for i in (range(len(hidden)) if depths is None else depths)]
 
 # %% ../nbs/23_model.ipynb #aae42d0c
@@ -191,11 +193,11 @@ class Predictor(nn.Module):
         source:Tensor,          # [b c] index into the table for each context slot; any value at padding
         context:Tokens,         # x unused; pos [b c 2], sample [b c]
         target:Tokens,          # x unused; pos [b t 2], sample [b t]
-        form:str='auto',        # of attention: 'flat', 'dense'
+        attention:str='auto',   # 'flat', 'dense': see `token_layout`
     )->tuple[Tensor,Tensor,Tensor|None]: # predictions [m in_dim], their slots (row*t + column) [m], auxiliary loss
-        "Predict the features at every target slot that is not padding (dense form: at every target slot)."
+        "Predict the features at every target slot that is not padding (dense attention: at every target slot)."
         c, t = context.sample.shape[1], target.sample.shape[1]
-        lay = token_layout(torch.cat((context.sample, target.sample), 1), form)
+        lay = token_layout(torch.cat((context.sample, target.sample), 1), attention)
         if lay.order is None: # dense: contexts and targets keep their slots in the row
             x = self.embed(z.index_select(0, source.flatten().clamp(min=0))).unflatten(0, source.shape)
             x = torch.cat((x, self.mask_token.to(x.dtype).expand(*target.sample.shape, -1)), 1).flatten(0, 1)

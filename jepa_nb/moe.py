@@ -59,6 +59,11 @@ class DiffMoE(nn.Module):
         self.register_buffer('seen', torch.zeros((), dtype=torch.bool))
         init_experts(self, dim, hidden, expert_init)
 
+    @property
+    def is_initialised(self)->Tensor: # [] bool
+        "True once a training batch has set the thresholds; stored in checkpoints as the buffer `seen`."
+        return self.seen
+
     def forward(self,
         x:Tensor,             # [n d] after the norm
         lay:TokenLayout,      # of the tokens
@@ -113,7 +118,7 @@ def follow_threshold(
     if lay.is_real is not None and not moe.capacity_padding: p = p.masked_fill(~lay.is_real[:, None], 0.)
     top = p.topk(min(k+1, len(p)), dim=0).values
     kth = top[k-1] if moe.capacity_padding else (top[k-1]+top[-1])/2 # differs from FN's code: there top[k-1]
-    moe.threshold.lerp_(kth, torch.where(moe.seen, 1-moe.beta, 1.).to(kth))
+    moe.threshold.lerp_(kth, torch.where(moe.is_initialised, 1-moe.beta, 1.).to(kth))
     moe.seen.fill_(True)
 
 def by_threshold(
@@ -123,7 +128,7 @@ def by_threshold(
     lay:TokenLayout, # of the tokens
 )->Tensor:           # [n d]
     "Inference: an expert processes a token whose predicted probability reaches the expert's threshold."
-    if moe.seen: takes = moe.predict(x).float().sigmoid() >= moe.threshold # [n e]
+    if moe.is_initialised: takes = moe.predict(x).float().sigmoid() >= moe.threshold # [n e]
     else: takes = F.one_hot(gate.argmax(1), moe.experts).bool()
     if lay.is_real is not None: takes &= lay.is_real[:, None]
     expert, token = takes.T.nonzero().unbind(1)                    # sorted by expert

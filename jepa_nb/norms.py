@@ -51,7 +51,7 @@ class RunningNorm(nn.Module):
         self.beta, self.eps = beta, eps
         self.register_buffer('mean', torch.zeros(dim))
         self.register_buffer('var', torch.ones(dim))
-        self.register_buffer('seen', torch.zeros((), dtype=torch.bool))
+        self.register_buffer('seen', torch.zeros((), dtype=torch.bool)) # True once a batch has set the statistics
 
     @torch.no_grad()
     def update(self, x:Tensor): # [n d] real tokens

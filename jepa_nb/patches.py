@@ -23,7 +23,7 @@ class Tokens(NamedTuple):
     "Patches of one or several images in each row."
     x:Tensor      # [b n d] pixels (uint8 from the loader, [-1, 1] once the model has scaled them) or features
     pos:Tensor    # [b n 2] float32; row and column of the patch in its own image, in patches
-    sample:Tensor # [b n]   int64; the image of the batch that a token belongs to, -1 is padding
+    sample:Tensor # [b n]   int64; index in the batch of the image that a token belongs to, -1 is padding
 
 # %% ../nbs/15_patches.ipynb #7fc8646d
 def patchify(
@@ -171,7 +171,7 @@ def jitter(
 
 def augment(
     image:Tensor, # [H W 3] uint8
-    u,            # DRAWS uniform numbers in [0, 1)
+    u,            # AUGMENT_DRAWS uniform numbers in [0, 1)
     cfg,          # AugmentConfig
 )->Tensor:        # the same shape, contiguous
     "Flip, color jitter, grey and blur, each where it is switched on (IJ's code)."

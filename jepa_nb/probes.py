@@ -164,7 +164,7 @@ def raw_pixels(
     side:int=32,   # pixels; squares of this size
     indices=None,  # which images; None is all
     progress=None, # text of a progress bar
-    view=center_square,   # see `extract`
+    view=center_square, # see `dataset_features`
 )->Tensor:         # [i 1 d] in [-1, 1]; NaN for an image that could not be decoded
     "Pixels as features, the first baseline."
     indices = range(len(source)) if indices is None else indices

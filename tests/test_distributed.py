@@ -101,7 +101,7 @@ def test_two_go_on_with_a_stream(tmp_path):
 
 def test_rows_that_cannot_be_shared(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '3')
-    with pytest.raises(RunError, match='pack.rows 4 cannot be shared by 3 processes; a multiple of 3 can'):
+    with pytest.raises(RunError, match='pack.rows 4 cannot be shared by 3 processes; set pack.rows to a multiple of 3'):
         with init_distributed(make_config(TINY)): pass
 
 def test_the_others_wait_while_the_first_computes_scores(monkeypatch):
@@ -122,8 +122,8 @@ def test_a_short_timeout_would_end_the_run(tmp_path):
         code = ("import time; from datetime import timedelta; from jepa_nb import devices, train; from "
                 "jepa_nb.recipes import load_config; "
                 f"devices.GROUP_TIMEOUT = timedelta(seconds={seconds}) if {seconds} else devices.GROUP_TIMEOUT; "
-                f"scores = train.run_rank_scores; "
-                "train.run_rank_scores = lambda *a: (time.sleep(8), scores(*a))[1]; "
+                f"scores = train.effective_rank_scores; "
+                "train.effective_rank_scores = lambda *a: (time.sleep(8), scores(*a))[1]; "
                 f"train.train(load_config({str(tmp_path/'recipe.yaml')!r}), {str(tmp_path/f'run{seconds}')!r}, "
                 f"progress=False)")
         return processes(code)

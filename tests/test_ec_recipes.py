@@ -11,12 +11,12 @@ from einops import rearrange
 from jepa_nb.checkpoint import open_run, read_log
 from jepa_nb.conditioning import (
     Conditioner,
-    context_groups,
+    assign_context,
+    assign_targets,
     gather_slots,
     inference_conditioning,
     max_conditioning_tokens,
     pool_grid,
-    target_groups,
 )
 from jepa_nb.config import ConditionConfig
 from jepa_nb.eval_config import EvalConfig
@@ -109,10 +109,11 @@ def test_a_step_reads_nothing_back_from_the_device(stem):
     pixels = torch.zeros(2, n, 3*cfg.encoder.patch**2, dtype=torch.uint8, device='meta')
     pack = Pack(Tokens(pixels, torch.zeros(2, n, 2, device='meta'), ids(n)), ids(c), ids(t), ids(t))
     with torch.device('meta'): jepa = JEPA(cfg)
-    out = jepa(pack, form='dense')
+    out = jepa(pack, attention='dense')
     out.loss.backward()
-    extra = jepa.encoder.conditioner.targets(pack), jepa.teacher.conditioner.context(pack)
-    assert tuple(e.sample.shape[1] for e in extra) == max_conditioning_tokens(cfg)
+    conditioning = (jepa.encoder.conditioner.tokens_for_context_encoder(pack),
+                    jepa.teacher.conditioner.tokens_for_teacher(pack))
+    assert tuple(e.sample.shape[1] for e in conditioning) == max_conditioning_tokens(cfg)
 
 
 @pytest.mark.parametrize('words', [(), ('condition.remainder=short',), ('condition.remainder=ceil',),
@@ -124,7 +125,7 @@ def test_slots_for_tokens_follow_the_batch(words):
     for number in range(0, 40, 4):
         splits = [block_split(number*2048+k, (14, 14), 0, cfg) for k in range(128)]
         n, m = max(len(s.context) for s in splits), len(splits[0].targets[0])
-        used = max(int(context_groups(alone(s), cfg.masks, cfg.condition).token.max())+1 for s in splits[:16])
+        used = max(int(assign_context(alone(s), cfg.masks, cfg.condition).token_index.max())+1 for s in splits[:16])
         most = max_conditioning_tokens(cfg, n)[1]
         assert used <= most <= max_conditioning_tokens(cfg)[1]
         if not words: assert most == max(1, n//15) and most <= used+1 and 2 <= used == n//(m//2) <= 7
@@ -210,9 +211,9 @@ def test_packed_features_are_those_of_a_sequence_by_hand(base, position, norm, i
     pack, conditioner = pack_images(images, cfg), Conditioner(cfg)
     encoder = Encoder(**vars(cfg.encoder)).eval()
     context = gather_tokens(pack.image, pack.context)
-    for form in ('flat', 'dense'):
-        student = encoder(context, form, conditioner.targets(pack))
-        teacher = encoder(pack.image, form, conditioner.context(pack))
+    for attention in ('flat', 'dense'):
+        student = encoder(context, attention, conditioner.tokens_for_context_encoder(pack))
+        teacher = encoder(pack.image, attention, conditioner.tokens_for_teacher(pack))
         for k in range(8):
             row, slots, ids, targets = image_of(pack, cfg.masks.segments, k)
             x, pos = pack.image.x[row], pack.image.pos[row]
@@ -232,14 +233,14 @@ def test_inference_tokens_of_packed_images_are_those_of_images_alone(position, i
     encoder = Encoder(**vars(cfg.encoder)).eval()
     encoder.conditioner = Conditioner(cfg)
     whole = [image[:len(image)//4*4, :image.shape[1]//4*4] for image in images]
-    rows = [pack_for_evaluation(whole, 4, slots) for slots in (None, 'alone', 200)]
-    extra = [inference_conditioning(encoder, row) for row in rows]
-    z = [encoder(row, extra=e) for row, e in zip(rows, extra)]
+    rows = [pack_for_evaluation(whole, 4, **kw) for kw in (dict(), dict(one_per_row=True), dict(slots_per_row=200))]
+    conditioning = [inference_conditioning(encoder, row) for row in rows]
+    z = [encoder(row, conditioning=e) for row, e in zip(rows, conditioning)]
     for k, image in enumerate(whole):
         first, *others = (x[row.sample == k] for x, row in zip(z, rows))
         for other in others: torch.testing.assert_close(first, other, atol=1e-5, rtol=1e-4)
         grid = len(image)//4, image.shape[1]//4
-        for e in extra: assert (e.sample == k).sum() == len(pool_grid(grid, 32)[0])
+        for e in conditioning: assert (e.sample == k).sum() == len(pool_grid(grid, 32)[0])
 
 
 @pytest.mark.parametrize('remainder', ['floor', 'ceil', 'short'])
@@ -250,7 +251,8 @@ def test_no_row_needs_more_slots_than_the_bound(blocks, context_run, remainder, 
                              scale=dict(kind='crop', max_side=14)), f'condition.remainder={remainder}',
                 f'condition.blocks={blocks}', f'condition.context_run={context_run}')
     pack = pack_images(images[:1]*40, cfg)
-    used = [int(groups(pack, cfg.masks, cfg.condition).token.max())+1 for groups in (target_groups, context_groups)]
+    used = [int(assign(pack, cfg.masks, cfg.condition).token_index.max())+1
+            for assign in (assign_targets, assign_context)]
     assert all(n <= most for n, most in zip(used, max_conditioning_tokens(cfg)))
 
 
@@ -258,18 +260,19 @@ def test_a_patch_in_two_blocks_counts_once_in_their_union():
     "Blocks of patches 0-3 and 2-5: pooled by two, their union has three tokens."
     pack = alone(Split(np.arange(20, 36), [np.arange(4), np.arange(2, 6)]), (6, 6))
     masks = replace(small(BLOCKS).masks, targets=2)
-    groups = target_groups(pack, masks, ConditionConfig(blocks='union'))
-    assert groups.ids.tolist() == [[0, 1, 2, -1, 3, -1, 4, 5]]
-    assert groups.token.tolist() == [[0, 0, 1, -1, 1, -1, 2, 2]]
+    assignment = assign_targets(pack, masks, ConditionConfig(blocks='union'))
+    assert assignment.patch_slot.tolist() == [[0, 1, 2, -1, 3, -1, 4, 5]]
+    assert assignment.token_index.tolist() == [[0, 0, 1, -1, 1, -1, 2, 2]]
 
 
 def test_tokens_of_one_block_at_a_time(images):
     "passes=each: the rows are repeated once per block, and each copy has the tokens of its own block."
     cfg = small(BLOCKS)
     pack, conditioner = pack_images(images, cfg), Conditioner(cfg)
-    each, b = conditioner.targets_by_block(pack), len(pack.target)
+    each, b = conditioner.tokens_for_each_block(pack), len(pack.target)
     for j in range(4):
-        only = conditioner.targets(pack._replace(target=pack.target.masked_fill(pack.segment != j, -1)))
+        target = pack.target.masked_fill(pack.segment != j, -1)
+        only = conditioner.tokens_for_context_encoder(pack._replace(target=target))
         mine, n = Tokens(*(t[j*b:(j+1)*b] for t in each)), only.sample.shape[1]
         assert torch.equal(mine.x[:, :n], only.x) and torch.equal(mine.sample[:, :n], only.sample)
         assert (mine.sample[:, n:] < 0).all()
@@ -280,16 +283,17 @@ def test_several_contexts_of_an_image_are_conditioned_one_by_one(images):
     cfg = small(BLOCKS | dict(pack=dict(rows=8, image=180, context=120, target=160)), 'masks.contexts=3', 'pack.rows=9')
     batch, conditioner = next(pack_iterator(images, cfg)), Conditioner(cfg)
     pack, sample = batch.pack, batch.pack.image.sample
-    assert batch.images < len(batch.index) == int(sample.max())+1
-    together = conditioner.targets(pack), conditioner.context(pack)
+    assert batch.images < len(batch.dataset_index) == int(sample.max())+1
+    together = conditioner.tokens_for_context_encoder(pack), conditioner.tokens_for_teacher(pack)
     positions_of = lambda t, k: tuple(t.pos[t.sample == k].flatten().tolist())
     differ = 0
-    for image in set(batch.index.tolist()):
-        contexts = (batch.index == image).nonzero().squeeze(1).tolist()
+    for image in set(batch.dataset_index.tolist()):
+        contexts = (batch.dataset_index == image).nonzero().squeeze(1).tolist()
         for k in contexts:
             only = lambda ids: ids.masked_fill(gather_slots(sample, ids, -1) != k, -1)
             one = pack._replace(context=only(pack.context), target=only(pack.target))
-            for a, b in zip(together, (conditioner.targets(one), conditioner.context(one))):
+            separate = conditioner.tokens_for_context_encoder(one), conditioner.tokens_for_teacher(one)
+            for a, b in zip(together, separate):
                 assert torch.equal(a.x[a.sample == k], b.x[b.sample == k])
                 assert torch.equal(a.pos[a.sample == k], b.pos[b.sample == k])
         assert len({positions_of(together[0], k) for k in contexts}) == 1
@@ -297,10 +301,10 @@ def test_several_contexts_of_an_image_are_conditioned_one_by_one(images):
     assert differ
 
 
-def losses(jepa, pack, form='flat', copies=None):
+def losses(jepa, pack, attention='flat', predictor_rows=None):
     "Output and all gradients of a batch."
     jepa.zero_grad()
-    out = jepa_loss(jepa.predict(pack, torch.Generator().manual_seed(3), form, copies=copies))
+    out = jepa_loss(jepa.predict(pack, torch.Generator().manual_seed(3), attention, predictor_rows=predictor_rows))
     out.loss.backward()
     return out, torch.cat([p.grad.flatten() for p in jepa.parameters() if p.grad is not None])
 
@@ -315,8 +319,9 @@ def loss_alone(jepa, pack, k):
     segment = pack.segment[row][torch.isin(pack.target[row], slots)][None]
     image = Tokens(pack.image.x[row, slots][None], pack.image.pos[row, slots][None],
                    torch.zeros(1, len(slots), dtype=torch.long))
-    return losses(jepa, Pack(image, mine(pack.context[row]), mine(pack.target[row]), segment),
-                  copies=all_kept(jepa, mine(pack.context[row]), mine(pack.target[row])))[0].token_loss.flatten()
+    context, target = mine(pack.context[row]), mine(pack.target[row])
+    out, _ = losses(jepa, Pack(image, context, target, segment), predictor_rows=all_kept(jepa, context, target))
+    return out.token_loss.flatten()
 
 
 def all_kept(jepa, context, target):
@@ -334,11 +339,11 @@ def test_packed_loss_is_that_of_images_alone(base, words, images):
     torch.manual_seed(0)
     jepa = JEPA(small(base, *words))
     pack = pack_images(images, jepa.cfg)
-    (a, grad_a), (b, grad_b) = (losses(jepa, pack, form) for form in ('flat', 'dense'))
+    (a, grad_a), (b, grad_b) = (losses(jepa, pack, attention) for attention in ('flat', 'dense'))
     torch.testing.assert_close(a.loss, b.loss)
     torch.testing.assert_close(grad_a, grad_b, atol=1e-5, rtol=1e-3)
     assert all(p.grad is None for p in jepa.teacher.parameters())
-    together = losses(jepa, pack, copies=all_kept(jepa, pack.context, pack.target))[0].token_loss
+    together = losses(jepa, pack, predictor_rows=all_kept(jepa, pack.context, pack.target))[0].token_loss
     sample = gather_tokens(pack.image, pack.target).sample
     if jepa.cfg.masks.kind == 'multiblock': sample = rearrange(sample, 'b (k t) -> (k b) t', k=4)
     for k in range(8):
@@ -352,7 +357,7 @@ def test_every_setting_trains(words, images):
     "Both forms agree; a step is reproducible; what a setting adds gets a gradient, and the teacher's copy follows."
     jepa = JEPA(small(BLOCKS, *(f'condition.{w}' for w in words)))
     pack = pack_images(images, jepa.cfg)
-    (a, grad_a), (b, grad_b) = (losses(jepa, pack, form) for form in ('flat', 'dense'))
+    (a, grad_a), (b, grad_b) = (losses(jepa, pack, attention) for attention in ('flat', 'dense'))
     torch.testing.assert_close(a.loss, b.loss)
     torch.testing.assert_close(grad_a, grad_b, atol=1e-5, rtol=1e-3)
     assert torch.equal(losses(jepa, pack)[1], grad_a)
@@ -375,7 +380,7 @@ def test_each_block_is_predicted_by_a_model_conditioned_on_it_alone(images):
     by_block, truth = each(pack).token_loss.unflatten(0, (4, -1)), encode_targets(one, pack)
     for j in range(4):
         mine = pack._replace(target=pack.target.masked_fill(pack.segment != j, -1))
-        alone_j = jepa_loss(one.predict(mine, truth=truth)).token_loss.unflatten(0, (4, -1))[j]
+        alone_j = jepa_loss(one.predict(mine, target_features=truth)).token_loss.unflatten(0, (4, -1))[j]
         torch.testing.assert_close(by_block[j], alone_j, atol=1e-5, rtol=1e-3)
 
 

@@ -95,7 +95,7 @@ LARGE = { # functions that may be larger: module.name -> why
     'model.Predictor.__init__': 'its parameters are the fields of PredictorConfig',
     'jepa.repeat_and_drop': 'the settings of ObjectiveConfig and the row that they apply to',
     'train.train': 'one loop, read from above: batch, loss, backward, step, teacher, log, save',
-    'frozen.extract': 'the one extractor: what is shown, what is read, and how it is batched',
+    'frozen.dataset_features': 'the one extractor: what is shown, what is read, and how it is batched',
     'probes.fit_linear': 'the settings of a solver, which papers report one by one',
     'probes.linear_probe': 'features and labels of two splits, and the settings of `fit_linear`',
     'figure_files.save_figure': 'what a figure consists of, and what its provenance consists of',
@@ -131,9 +131,32 @@ def test_modules_and_functions_are_small():
                                       if k not in LARGE} or 'LARGE names functions that are not'
 
 
+def test_parameters_are_documented():
+    "Public functions of three or more parameters have a comment beside each, and every public function a docstring."
+    lacking = []
+    for module in MODULES:
+        text = (ROOT/f'jepa_nb/{module}.py').read_text()
+        lines = text.splitlines()
+        for name, f in functions(ast.parse(text), module):
+            if any(part.startswith('_') for part in name.split('.')) or is_command(f): continue
+            given = [x for x in f.args.posonlyargs+f.args.args+f.args.kwonlyargs if x.arg not in ('self', 'cls', 'ctx')]
+            is_public = name.count('.') == 1
+            if is_public and not ast.get_docstring(f) and f.end_lineno > f.lineno: lacking.append(f'{name}: docstring')
+            has_comment = lambda x: '#' in lines[x.lineno-1] or lines[x.lineno-2].strip().startswith('#')
+            if is_public and len(given) > 2: lacking += [f'{name}: {x.arg}' for x in given if not has_comment(x)]
+    assert lacking == []
+
+
 def test_ruff_is_silent():
     r = subprocess.run([BIN/'ruff', 'check', 'nbs', 'tests', 'workflow'], cwd=ROOT, capture_output=True, text=True)
     assert r.returncode == 0, r.stdout
+
+
+def test_opening_a_checkpoint_imports_no_training():
+    code = "import sys; import jepa_nb.checkpoint; print(*sys.modules)"
+    r = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0 and 'jepa_nb.jepa' in r.stdout.split(), r.stderr
+    assert not {'jepa_nb.train', 'jepa_nb.evaluate', 'jepa_nb.cli'} & set(r.stdout.split())
 
 
 def test_library_needs_no_workbook():

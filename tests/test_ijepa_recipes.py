@@ -9,7 +9,7 @@ from jepa_nb.checkpoint import read_log
 from jepa_nb.jepa import JEPA
 from jepa_nb.masks import target_sizes
 from jepa_nb.metrics import random_views
-from jepa_nb.optim import beta_at, decay_at, lr_at
+from jepa_nb.optim import beta_at, lr_at, weight_decay_at
 from jepa_nb.packing import check_slots
 from jepa_nb.recipes import load_config
 from jepa_nb.train import train
@@ -47,7 +47,7 @@ def test_schedules_end_where_the_papers_do(stem, warmup, steps):
     cfg = recipe(stem)
     o, n = cfg.optim, cfg.run.steps
     assert n == steps and lr_at(warmup-1, o, n) == pytest.approx(1e-3) and lr_at(n-1, o, n) == pytest.approx(1e-6)
-    assert decay_at(0, o, n) == pytest.approx(.04, abs=1e-6) and decay_at(n-1, o, n) == pytest.approx(.4)
+    assert weight_decay_at(0, o, n) == pytest.approx(.04, abs=1e-6) and weight_decay_at(n-1, o, n) == pytest.approx(.4)
     assert beta_at(0, cfg.teacher, n) == .996 and 1-1e-7 < beta_at(n-1, cfg.teacher, n) < 1
 
 

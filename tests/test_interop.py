@@ -26,7 +26,7 @@ from jepa_nb.eval_config import EvalConfig, RankConfig
 from jepa_nb.evaluate import evaluate, rank_checkpoints
 from jepa_nb.features import image_tokens
 from jepa_nb.formats import InteropError
-from jepa_nb.frozen import encode, extract
+from jepa_nb.frozen import dataset_features, encode_images
 from jepa_nb.interop import convert, read_any
 from jepa_nb.layers import sincos2d, sincos_table
 from jepa_nb.model import interpolate_pos_embed
@@ -278,7 +278,7 @@ def probe(run, train, test, **settings):
 
 def jepa_nb(*words):
     return subprocess.run([sys.executable, '-m', 'jepa_nb.cli', *map(str, words)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=120, env=os.environ | dict(OMP_NUM_THREADS='1'))
+                          text=True, timeout=600, env=os.environ | dict(OMP_NUM_THREADS='1'))
 
 
 def test_a_converted_checkpoint_is_evaluated_and_drawn(tmp_path):
@@ -306,9 +306,10 @@ def test_a_converted_checkpoint_is_evaluated_and_drawn(tmp_path):
     train_on, test_on = (open_source('scenes', images=8, side=96, split=s) for s in ('train', 'test'))
     a, b, c = (probe(tmp_path/n, train_on, test_on, **few) for n in ('run', 'whole', 'alone'))
     assert a['acc'] == b['acc'] == c['acc'] and c['images_seen'] is None
-    assert torch.equal(encode(tmp_path/'run', [pictures(96)[0]])[0], encode(tmp_path/'alone', [pictures(96)[0]])[0])
+    a, b = (encode_images(tmp_path/n, [pictures(96)[0]])[0] for n in ('run', 'alone'))
+    assert torch.equal(a, b)
     small = export_checkpoint(tmp_path/'alone', tmp_path/'small', parts=('teacher',))
-    assert encode(small, [pictures(96)[0]])[0].isfinite().all()
+    assert encode_images(small, [pictures(96)[0]])[0].isfinite().all()
     drawn = jepa_nb('figure', 'fn_features_pca', '-p', 'ln', f'[{tmp_path}/alone]', '-p', 'dyntanh',
                     f'[{tmp_path}/whole]', '-p', 'images', 1, '-p', 'data', 'scenes', '--out', tmp_path/'pca')
     assert drawn.returncode == 0 and (tmp_path/'pca.png').is_file(), drawn.stderr
@@ -325,14 +326,15 @@ def test_a_conditioned_run_has_the_same_tensors(tmp_path):
     convert(run, tmp_path/'x.pth.tar', say=lines.append)
     assert any('conditioning tokens' in line for line in lines)
     back = convert(tmp_path/'x.pth.tar', tmp_path/'back')
-    conditioned, off = extract(run, images, 96, norm='after'), extract(run, images, 96, norm='after', condition='off')
-    assert torch.equal(extract(back, images, 96, norm='after'), conditioned)
-    assert torch.equal(extract(back, images, 96, norm='after', condition='off'), off)
-    assert torch.equal(extract(convert(convert(run, tmp_path/'hf', to='hf'), tmp_path/'back_hf'), images, 96,
+    conditioned = dataset_features(run, images, 96, norm='after')
+    off = dataset_features(run, images, 96, norm='after', condition='off')
+    assert torch.equal(dataset_features(back, images, 96, norm='after'), conditioned)
+    assert torch.equal(dataset_features(back, images, 96, norm='after', condition='off'), off)
+    assert torch.equal(dataset_features(convert(convert(run, tmp_path/'hf', to='hf'), tmp_path/'back_hf'), images, 96,
                                norm='after'), conditioned)
     plain = convert(tmp_path/'x.pth.tar', tmp_path/'plain', condition='none')
-    assert torch.equal(extract(plain, images, 96, norm='after'), off)
-    assert torch.equal(extract(plain, images, 96, norm='after', condition=(4, 4)), conditioned)
+    assert torch.equal(dataset_features(plain, images, 96, norm='after'), off)
+    assert torch.equal(dataset_features(plain, images, 96, norm='after', condition=(4, 4)), conditioned)
     with pytest.raises(InteropError, match='is a run, whose config states its conditioning'):
         convert(run, tmp_path/'no.pth.tar', condition='positions')
     torch.save(torch.load(tmp_path/'x.pth.tar', weights_only=True) | dict(condition=dict(kind='spells')),
@@ -375,7 +377,7 @@ def test_a_file_with_one_network(tmp_path):
                           ('plain', {k.removeprefix('module.'):v for k, v in d['target_encoder'].items()})):
         torch.save(tensors, tmp_path/f'{name}.pth')
         back = convert(tmp_path/f'{name}.pth', tmp_path/name, heads=4)
-        assert torch.equal(encode(back, [pictures(96)[0]])[0], encode(run, [pictures(96)[0]])[0])
+        assert torch.equal(encode_images(back, [pictures(96)[0]])[0], encode_images(run, [pictures(96)[0]])[0])
     torch.save(dict(encoder=d['encoder']), tmp_path/'student.pth.tar')
     with pytest.raises(InteropError, match='has no target_encoder; it has encoder; --part encoder takes that'):
         convert(tmp_path/'student.pth.tar', tmp_path/'no', heads=4)
@@ -403,7 +405,7 @@ def test_probes_at_another_size(tmp_path):
     assert (on['stretched'], over['stretched']) == (False, True)
     teacher = open_run(run, parts=('teacher',))[0].teacher
     for r, encoder in ((on, teacher), (over, interpolate_pos_embed(teacher, 12, 16))):
-        seen = [t for s in (images, test) for t in (extract(encoder, s, 128, depths=[2], norm='after')[:, 0],
+        seen = [t for s in (images, test) for t in (dataset_features(encoder, s, 128, depths=[2], norm='after')[:, 0],
                                                     torch.as_tensor(s.labels))]
         assert r['knn'] == [float(knn(*seen).mean())]
     with pytest.raises(ValueError, match='raw pixels have no positions'):

@@ -39,12 +39,12 @@ class Pictures:
 def config(*words): return make_config(dict(encoder=dict(patch=4), pack=dict(rows=4)), words)
 
 
-def tensors(batch): return (*batch.pack.image, *batch.pack[1:], batch.index)
+def tensors(batch): return (*batch.pack.image, *batch.pack[1:], batch.dataset_index)
 
 
 def assert_same(a, b):
     for u, v in zip(tensors(a), tensors(b), strict=True): assert torch.equal(u, v)
-    assert (a.images, a.skipped, a.state, a.used) == (b.images, b.skipped, b.state, b.used)
+    assert (a.images, a.skipped, a.state, a.fill_rate) == (b.images, b.skipped, b.state, b.fill_rate)
 
 
 def photo_sizes(images, seed=0):
@@ -91,7 +91,7 @@ def test_a_plan_goes_on_from_any_state(replace):
 def test_without_replacement_every_image_once_per_epoch():
     items = [i for plan in Planner(photo_sizes(77), config('data.replace=false'), draws=3*77) for row in plan.rows
              for i in row]
-    for epoch in range(3): assert sorted(i.index for i in items if i.draw//77 == epoch) == list(range(77))
+    for epoch in range(3): assert sorted(i.dataset_index for i in items if i.draw//77 == epoch) == list(range(77))
 
 
 def test_every_token_once_and_windows_together():
@@ -102,7 +102,7 @@ def test_every_token_once_and_windows_together():
         assert pack.image.x.dtype == torch.uint8 and pack.image.pos.dtype == torch.float32
         assert (pack.image.x[pack.image.sample < 0] == 0).all() and (pack.image.pos[pack.image.sample < 0] == 0).all()
         items = [(r, i) for r, row in enumerate(plan.rows) for i in row]
-        assert batch.images == len(items) and batch.index.tolist() == [i.index for _, i in items]
+        assert batch.images == len(items) and batch.dataset_index.tolist() == [i.dataset_index for _, i in items]
         for k, (r, item) in enumerate(items):
             is_k = pack.image.sample == k
             assert is_k.any(1).nonzero().tolist() == [[r]]
@@ -115,7 +115,7 @@ def test_every_token_once_and_windows_together():
             assert (windows == windows[:, :1]).all() and (order.view(-1, 4).diff(dim=1) > 0).all()
             tokens = torch.empty(y*x, p*p*3, dtype=torch.uint8)
             tokens[order] = pack.image.x[is_k]
-            assert torch.equal(unpatchify(tokens, (y, x), p), resize(pictures.image(item.index), item.size))
+            assert torch.equal(unpatchify(tokens, (y, x), p), resize(pictures.image(item.dataset_index), item.size))
         for ids, a, z in ((pack.context, 0, cfg.pack.context), (pack.target, cfg.pack.context, pack.image.x.shape[1])):
             assert torch.equal(ids, torch.where(pack.image.sample[:, a:z] >= 0, torch.arange(a, z), -1))
         assert torch.equal(pack.segment, torch.where(pack.target >= 0, 0, -1))
@@ -141,12 +141,12 @@ def test_ranks_partition_the_rows():
     for whole, *parts in islice(zip(loader(pictures, cfg), *(loader(pictures, cfg, rank=r, world=2) for r in (0, 1))),
                                 4):
         assert sum(p.images for p in parts) == whole.images
-        assert sorted(torch.cat([p.index for p in parts]).tolist()) == sorted(whole.index.tolist())
+        assert sorted(torch.cat([p.dataset_index for p in parts]).tolist()) == sorted(whole.dataset_index.tolist())
         for r, part in enumerate(parts):
             assert torch.equal(part.pack.image.x, whole.pack.image.x[2*r:2*r+2]) and part.state == whole.state
             assert sorted(set(part.pack.image.sample.flatten().tolist())-{-1}) == list(range(part.images))
     with pytest.raises(ValueError,
-                       match='pack.rows 4 cannot be shared by 3 devices; pack.rows=6 can'): loader(pictures, cfg,
+                       match='pack.rows 4 cannot be shared by 3 devices; set pack.rows to 6'): loader(pictures, cfg,
                            world=3)
 
 
@@ -154,8 +154,8 @@ def test_broken_images():
     cfg, broken = config(), set(range(0, 64, 7))
     good, bad = next(loader(Pictures(), cfg)), next(loader(Pictures(broken=broken), cfg))
     assert bad.images == good.images-len(bad.skipped) and 'damaged' in bad.skipped[0]
-    assert bad.index.tolist() == [i for i in good.index.tolist() if i not in broken]
-    assert bad.pack.image.sample.max() == bad.images-1 and bad.used < good.used and bad.state == good.state
+    assert bad.dataset_index.tolist() == [i for i in good.dataset_index.tolist() if i not in broken]
+    assert bad.pack.image.sample.max() == bad.images-1 and bad.fill_rate < good.fill_rate and bad.state == good.state
     for workers in (0, 1):
         with pytest.raises(DataError, match='^none of the') as e: next(loader(Pictures(broken=range(64)), cfg,
             workers=workers))
@@ -174,7 +174,7 @@ def test_pack_iterator_takes_anything_and_ends_well():
     mixed = [Image.fromarray(x.numpy()) if k%3 == 0 else x.numpy() if k%3 == 1 else x.permute(2, 0, 1) for k,
              x in enumerate(pictures.pixels)]
     batches = list(pack_iterator(iter(mixed), cfg, seed=2))
-    assert sorted(torch.cat([b.index for b in batches]).tolist()) == list(range(40))
+    assert sorted(torch.cat([b.dataset_index for b in batches]).tolist()) == list(range(40))
     for a, b in zip(batches, pack_iterator(pictures.pixels, cfg, seed=2), strict=True): assert_same(a, b)
     for a, b in zip(batches[1:], pack_iterator(mixed, cfg, seed=2, state=batches[0].state),
                     strict=True): assert_same(a, b)
@@ -191,10 +191,10 @@ def test_pack_images_keeps_their_numbers():
 
 def test_eval_pack():
     images = [resize(x, ((4+k%3)*4, (3+k%5)*4)) for k, x in enumerate(Pictures(17).pixels)]
-    for slots in (None, 64, 'alone'):
-        tokens = pack_for_evaluation(images, 4, slots)
+    for kw in (dict(), dict(slots_per_row=64), dict(one_per_row=True)):
+        tokens = pack_for_evaluation(images, 4, **kw)
         for k, image in enumerate(images): assert torch.equal(tokens.x[tokens.sample == k], patchify(image, 4))
-        if slots == 'alone': assert len(tokens.x) == 17
+        if 'one_per_row' in kw: assert len(tokens.x) == 17
     with pytest.raises(ValueError, match='does not fit a row of 8'): pack_for_evaluation(images, 4, 8)
 
 
@@ -273,18 +273,18 @@ def test_blocks_follow_the_plan_whoever_decodes(config):
     for a, b in zip(whole[3:], loader(pictures, cfg, state=json.loads(json.dumps(whole[2].state)))): assert_same(a, b)
     halves = [list(islice(loader(pictures, cfg, rank=r, world=2), 3)) for r in (0, 1)]
     for batch, *parts in zip(whole, *halves):
-        assert sorted(torch.cat([p.index for p in parts]).tolist()) == sorted(batch.index.tolist())
+        assert sorted(torch.cat([p.dataset_index for p in parts]).tolist()) == sorted(batch.dataset_index.tolist())
         half = len(batch.pack.image.x)//2
         for r, part in enumerate(parts): assert torch.equal(part.pack.image.x, batch.pack.image.x[half*r:half*(r+1)])
     assert any(b.skipped for b in whole)
     other = next(loader(pictures, config('run.seed=1')))
-    assert other.index.tolist() != whole[0].index.tolist()
+    assert other.dataset_index.tolist() != whole[0].dataset_index.tolist()
 
 
 def test_blocks_arrive_too():
     cfg, pictures = crops(), Pictures(40)
     batches = list(pack_iterator(pictures.pixels, cfg, seed=2))
-    assert sorted(torch.cat([b.index for b in batches]).tolist()) == list(range(40))
+    assert sorted(torch.cat([b.dataset_index for b in batches]).tolist()) == list(range(40))
     for a, b in zip(batches[1:], pack_iterator(pictures.pixels, cfg, seed=2, state=batches[0].state),
                     strict=True): assert_same(a, b)
     for b in batches: assert len({int(n) for n in (b.pack.context >= 0).sum(1)[:4]}) == 1 # a group, one length
@@ -299,14 +299,14 @@ def test_an_image_with_several_contexts_is_one_image(config):
     first, all_ = {i.draw: i for i in plan(one)}, {i.draw: i for i in plan(cfg)}
     assert sorted(all_) == list(range(120))
     # epochs, sizes and crops are those of images
-    for draw, i in all_.items(): assert (i.index, i.size, i.box) == (first[draw//3].index, first[draw//3].size,
-                                                                     first[draw//3].box)
+    same = lambda i: (i.dataset_index, i.size, i.box)
+    for draw, i in all_.items(): assert same(i) == same(first[draw//3])
     whole, batches = (list(loader(source, cfg, draws=120)) for source in (good, pictures))
-    assert (sum(b.images for b in whole), sum(len(b.index) for b in whole)) == (40, 120)
+    assert (sum(b.images for b in whole), sum(len(b.dataset_index) for b in whole)) == (40, 120)
     assert (sum(b.images for b in batches), sum(len(b.skipped) for b in batches),
-            sum(len(b.index) for b in batches)) == (38, 2, 114)
+            sum(len(b.dataset_index) for b in batches)) == (38, 2, 114)
     arrived = list(pack_iterator(good.pixels, cfg, seed=2))
-    assert sorted(torch.cat([b.index for b in arrived]).tolist()) == sorted([*range(40)]*3) and sum(b.images
+    assert sorted(torch.cat([b.dataset_index for b in arrived]).tolist()) == sorted([*range(40)]*3) and sum(b.images
         for b in arrived) == 40
     for a, b in zip(arrived[2:], pack_iterator(good.pixels, cfg, seed=2, state=arrived[1].state),
                     strict=True): assert_same(a, b)
@@ -315,7 +315,7 @@ def test_an_image_with_several_contexts_is_one_image(config):
 
 
 def test_windows_have_one_context():
-    with pytest.raises(ConfigError, match='masks: contexts 2: with windows'): make_config({}, ['masks.contexts=2'])
+    with pytest.raises(ConfigError, match='masks: contexts 2: with window masks'): make_config({}, ['masks.contexts=2'])
 
 
 def test_reference_blocks_by_the_number_of_the_group():

@@ -145,7 +145,8 @@ def test_another_seed(tmp_path):
     assert 'scenes-seed7' in (folder/'figures/tiny/b.json').read_text()
     assert 'runs/tiny/fn_ln/seed7' in (folder/'figures/tiny/a.json').read_text()
     words = json.loads((runs/'fn_tanh/seed7/eval/far.json').read_text())['words']
-    assert 'seed: 7' in words.partition('--sets ')[2] # of the images that the set renders
+    sets = re.search(r'--sets (\{.*\}\})', words).group(1)
+    assert yaml.safe_load(sets)['far']['data']['seed'] == 7
     assert 'nothing to do' in make(folder, '-s', 'reproduce', 'SEED=7').stdout
     back = make(folder, '-s', 'dry').stdout
     assert 'train ' not in back and re.search(r'^figure +2', back, re.M), back
@@ -158,9 +159,9 @@ def test_seeds_that_cannot_be(tmp_path, seed, said):
     assert r.returncode and said in r.stderr and len(r.stderr.splitlines()) == 2, r.stderr # ours, and make's
 
 
-def test_no_seed_for_what_is_shipped(tmp_path):
+def test_no_seed_for_committed_checkpoints(tmp_path):
     r = make(clone(tmp_path/'tree', SMALL), '-s', 'figures', 'SEED=3')
-    assert r.returncode and '--seed 3: shipped checkpoints' in r.stderr
+    assert r.returncode and '--seed 3: committed checkpoints' in r.stderr
 
 
 def test_seeds_of_the_real_tiers():

@@ -57,7 +57,7 @@ def packed(source, cfg, images):
 
 def bare(source, items):
     "Decode and resize, nothing else."
-    for i in items: resize(source.image(i.index), i.size)
+    for i in items: resize(source.image(i.dataset_index), i.size)
     return len(items)
 
 
@@ -67,7 +67,7 @@ def plain_worker(source, items, cfg, rows=64):
     def empty(): return np.zeros((rows, C+T, p*p*3), np.uint8), np.full((rows, C+T, 3), -1), np.zeros((rows, 2), int)
     x, ids, used = empty()
     for k, i in enumerate(items):
-        image = Image.open(io.BytesIO(source.read(i.index))).convert('RGB').resize(i.size[::-1], Image.BILINEAR)
+        image = Image.open(io.BytesIO(source.read(i.dataset_index))).convert('RGB').resize(i.size[::-1], Image.BILINEAR)
         y, q = i.size[0]//p, i.size[1]//p
         patches = np.asarray(image).reshape(y, p, q, p*3).swapaxes(1, 2).reshape(y*q, -1)
         split = planned_split(i, cfg.run.seed, cfg)

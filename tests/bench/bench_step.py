@@ -1,8 +1,8 @@
-"""How long is a training step, and how much of it does the flat form save over its dense-mask twin?
+"""How long is a training step, and how much does flat attention save over dense, masked attention?
 
     python tests/bench/bench_step.py [RECIPE] [name=value ...] [--rounds 8] [--data FILES]
 
-Both forms are the same model on the same batches, alternated in one run, so that a busy machine disturbs them alike.
+Both run the same model on the same batches, alternated in one run, so that a busy machine disturbs them alike.
 CPU time of this process stands beside wall time; the ratio is of medians of CPU time (on a GPU: of wall time)."""
 import argparse
 import os
@@ -22,28 +22,28 @@ from jepa_nb.streams import open_data
 from jepa_nb.train import optimizer_step
 
 
-def step(jepa, opt, pack, cfg, k, form, amp):
+def step(jepa, opt, pack, cfg, k, attention, amp):
     "One update, as `train` makes it."
-    with amp: o = jepa(pack, step_generator(pack.context.device, cfg.run.seed, k), form)
+    with amp: o = jepa(pack, step_generator(pack.context.device, cfg.run.seed, k), attention)
     n = o.aux['scored']
     (o.loss*n).backward()
     optimizer_step(opt, cfg.optim.lr, n, ~o.loss.detach().isfinite())
     ema_(jepa.teacher, jepa.encoder, beta_at(k, cfg.teacher))
 
 def measure(cfg, batches, device, dtype, rounds):
-    "Wall and CPU seconds of both forms, alternated."
+    "Wall and CPU seconds of both implementations, alternated."
     amp = torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16')
     wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
-    models = {form: random_model(cfg).to(device).train() for form in ('flat', 'dense')}
-    opts = {form: make_optimizer(m, cfg.optim) for form, m in models.items()}
-    out = {form: ([], []) for form in models}
+    models = {attention: random_model(cfg).to(device).train() for attention in ('flat', 'dense')}
+    opts = {attention: make_optimizer(m, cfg.optim) for attention, m in models.items()}
+    out = {attention: ([], []) for attention in models}
     for k in range(rounds+2):
-        for form in models:
+        for attention in models:
             wait(); wall, cpu = time.perf_counter(), time.process_time()
-            step(models[form], opts[form], batches[k%len(batches)], cfg, k, form, amp)
+            step(models[attention], opts[attention], batches[k%len(batches)], cfg, k, attention, amp)
             wait()
             if k < 2: continue # the first two warm up
-            out[form][0].append(time.perf_counter()-wall); out[form][1].append(time.process_time()-cpu)
+            out[attention][0].append(time.perf_counter()-wall); out[attention][1].append(time.process_time()-cpu)
     return out
 
 def main():
@@ -72,13 +72,13 @@ def main():
     print(f"encoder {e.dim}x{e.depth} {e.mlp}, predictor {r.dim}x{r.depth} {r.mlp}, {e.gelu} GELU; rows "
           f"[{cfg.pack.rows} {cfg.pack.context}+{cfg.pack.target}], "
           f"{n:.1f} images, {cfg.objective.repeats} repeats; median of {a.rounds} steps")
-    print(f"{'dtype':9} {'form':6} {'wall ms':>8} {'cpu ms':>8} {'images/s':>9} {'images/cpu-s':>12}")
+    print(f"{'dtype':9} {'attention':9} {'wall ms':>8} {'cpu ms':>8} {'images/s':>9} {'images/cpu-s':>12}")
     for dtype in ('float32', 'bfloat16') if multiplies_bfloat16(device) else ('float32',):
         out, cost = measure(cfg, batches, device, dtype, a.rounds), {}
-        for form, (wall, cpu) in out.items():
+        for attention, (wall, cpu) in out.items():
             w, c = statistics.median(wall), statistics.median(cpu)
-            cost[form] = w if device.type == 'cuda' else c
-            print(f"{dtype:9} {form:6} {w*1e3:8.0f} {c*1e3:8.0f} {n/w:9.1f} {n/c:12.1f}")
+            cost[attention] = w if device.type == 'cuda' else c
+            print(f"{dtype:9} {attention:9} {w*1e3:8.0f} {c*1e3:8.0f} {n/w:9.1f} {n/c:12.1f}")
         print(f"{dtype:9} flat/dense {cost['flat']/cost['dense']:.2f}")
 
 if __name__ == '__main__': main()
