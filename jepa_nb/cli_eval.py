@@ -86,7 +86,12 @@ class Opened:
     def sources(self, hold_out=None):
         "Both halves of the images; no test half where images are held out."
         from jepa_nb.tasks import run_source
-        return run_source(self.train, self.cfg, 'train'), None if hold_out else run_source(self.test, self.cfg, 'test')
+        from jepa_nb.images import DataError
+        try: return run_source(self.train, self.cfg, 'train'), None if hold_out else run_source(self.test, self.cfg,
+            'test')
+        except DataError as e:
+            if self.train: raise
+            raise DataError(f"{e}; the run's own images are meant: --train and --test name others") from None
 
 def split_words(
     words,        # 'eval.side=224', 'run.steps=3'

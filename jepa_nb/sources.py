@@ -77,6 +77,7 @@ class Source:
     def __getstate__(self): return dict(self.__dict__, decoded=None) # it cannot be shared with a spawned process
     @property
     def labels(self)->np.ndarray: return self._labels # [i] int64, -1 unknown
+    def location(self, i:int)->str: return self.keys[i] # what no other image has: where it is stored
     def size(self, i:int)->tuple[int,int]: return tuple(self.sizes[i].tolist()) # H, W
     def pixels(self, i:int)->Tensor: raise NotImplementedError # [H W 3] uint8, read and decoded now
     def extras(self, i:int)->dict: return {} # depth, objects, count, distance

@@ -118,8 +118,8 @@ def refuse_shared(
     test,  # source that is tested on
 ):
     "Refuse test images that are training images too. Raises DataError."
-    where = lambda s: {getattr(s, 'where', s.keys.__getitem__)(i) for i in range(len(s))}
-    if shared := len(where(train) & where(test)):
+    places = lambda s: {s.location(i) for i in range(len(s))}
+    if shared := len(places(train) & places(test)):
         raise DataError(f"{test.name}: {shared} of {len(test)} test images are training images too; "
                         "name others to test on")
 
