@@ -43,7 +43,7 @@ def test_notebook_is_clean(notebook, tmp_path):
 
 
 def test_notebooks_are_named_as_they_are():
-    "Notebooks that prose and comments mention or link to, `23_model` or nbs/23_model.ipynb, exist."
+    "Notebooks that prose and comments mention, `23_model` or nbs/23_model.ipynb, exist; the index links to each."
     others = (p for d in ('tests', 'workflow', 'params') for p in (ROOT/d).rglob('*.*'))
     files = [ROOT/'README.md', ROOT/'RESULTS.md', *NOTEBOOKS, *others]
     stale = set()
@@ -51,6 +51,8 @@ def test_notebooks_are_named_as_they_are():
         names = re.findall(r'[`(/](\d\d_[a-z_]+)(?=[`)#]|\.ipynb)', path.read_text())
         stale |= {f'{path.relative_to(ROOT)}: {n}' for n in names if not (ROOT/f'nbs/{n}.ipynb').is_file()}
     assert not stale
+    library = {p.stem for p in NOTEBOOKS if re.match(r'\d\d_', p.name)}
+    assert library == set(re.findall(r'\]\((\d\d_\w+)\.ipynb\)', (ROOT/'nbs/index.ipynb').read_text()))
 
 
 def tree_of(module): return ast.parse((ROOT/f'jepa_nb/{module}.py').read_text())
