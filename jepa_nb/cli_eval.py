@@ -38,7 +38,7 @@ def read_run_config(
 class Opened:
     "What an evaluation is asked about, and where its result goes."
     def __init__(self,
-        run:str,     # as given: a run or shipped folder, a recipe, or 'pixels'
+        run:str,     # as given: a run or committed folder, a recipe, or 'pixels'
         words,       # settings of the recipe
         verb:str,    # 'probe', 'depth' or 'ranks'
         images,      # --train and --test as given
@@ -161,7 +161,7 @@ def read_sets_of(
 @name_option
 @tier_option
 def eval_command(run, words, train_data, test_data, out, poolings, sets, only, name, tier):
-    """Probe RUN at every depth, or as eval.protocol says. RUN is a run or a shipped folder; a recipe (that model before
+    """Probe RUN at every depth, or as eval.protocol says. RUN is a run or committed folder; a recipe (its model before
     training); or `pixels`. Settings: eval.side=224 eval.layers=last eval.protocol=in1k ..., see EvalConfig."""
     from dataclasses import replace
 
@@ -243,7 +243,7 @@ def print_probe(
 @name_option
 @tier_option
 def depth_command(run, words, train_data, test_data, out, name, tier):
-    """Train a depth head on RUN's features and test it, e.g. depth.steps=1000. RUN is a run or shipped folder, or a
+    """Train a depth head on RUN's features and test it, e.g. depth.steps=1000. RUN is a run or committed folder, or a
     recipe."""
     from jepa_nb.depth import evaluate_depth
     from jepa_nb.recipes import make_depth

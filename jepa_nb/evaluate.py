@@ -261,7 +261,7 @@ def evaluate_sets(
 
 # %% ../nbs/43_evaluate.ipynb #b6143423
 def kept_checkpoints(
-    run:str|Path, # run folder, or a shipped one, which has a single checkpoint
+    run:str|Path, # run folder, or a committed one, which has a single checkpoint
 )->list[Path]:
     "The checkpoints that a run keeps: those of `run.keep_at`, and the newest. Raises RunError where there is none."
     found = checkpoint_folders(run)
@@ -281,7 +281,7 @@ def step_of(checkpoint:Path)->int|None:
     raise RunError(f"{short_path(checkpoint)}: does not say after how many updates it was written")
 
 def has_part(checkpoint, part:str)->bool:
-    "Whether a checkpoint holds this network; a shipped one may hold the teacher alone."
+    "Whether a checkpoint holds this network; a committed one may hold the teacher alone."
     with safe_open(weights_file(checkpoint), 'pt') as f: return any(k.startswith(f'{part}.') for k in f.keys())
 
 def score_checkpoint(

@@ -279,7 +279,7 @@ class Plan(NamedTuple):
     state:dict                    # of the planner after this batch
 
 class Planner:
-    "Iterator of `Plan`s, which are a function of the image sizes, the config and the seed."
+    "Iterator over `Plan`, each a function of the image sizes, the config and the seed."
     def __init__(self,
         sizes:np.ndarray,     # [i 2] H and W of every image of the source, pixels
         cfg,                  # Config

@@ -170,7 +170,7 @@ def test_drawing_again_leaves_the_committed_files_alone(fresh_clone):
     for k in before: # no links into the tree
         (fresh_clone/f'{stem}.{k}').unlink()
         (fresh_clone/f'{stem}.{k}').write_bytes(before[k])
-    words = [sys.executable, '-m', 'jepa_nb.cli', 'reproduce', '--tier', 'small', '--shipped', '--cores', '1', '--',
+    words = [sys.executable, '-m', 'jepa_nb.cli', 'reproduce', '--tier', 'small', '--committed', '--cores', '1', '--',
              f'{stem}.png']
     done = subprocess.run(words, cwd=fresh_clone, env=os.environ | dict(PYTHONPATH='.'), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout+done.stderr
