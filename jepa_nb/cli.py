@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SYSTEM_ERRORS', 'REFUSALS', 'replace_option', 'split_option', 'PUBLIC', 'is_refusal', 'Verbs', 'cli', 'train_command',
-           'move_aside', 'figure_command', 'yaml_value', 'run_notebook', 'data_group', 'shards_command', 'print_shards',
-           'cifar10_command', 'scenes_command', 'public_set_command', 'digits_command', 'export_command',
-           'convert_command', 'reproduce_command', 'report_command', 'explain_option', 'main']
+           'move_aside', 'figure_command', 'yaml_value', 'private_kernel', 'run_notebook', 'data_group',
+           'shards_command', 'print_shards', 'cifar10_command', 'scenes_command', 'public_set_command',
+           'digits_command', 'export_command', 'convert_command', 'reproduce_command', 'report_command',
+           'explain_option', 'main']
 
 # %% ../nbs/76_cli.ipynb #4de8f962
 import os
@@ -116,27 +117,38 @@ def yaml_value(
     try: return yaml.safe_load(text)
     except yaml.YAMLError as e: refuse(f"{name}: {text!r} is not YAML: {' '.join(str(e).split())}")
 
+def private_kernel(
+    folder:str, # empty, for the kernel's files
+)->type: # of kernel managers
+    "Kernels of this Python, with sockets that are files in `folder`; the user's Jupyter settings are left out."
+    os.environ |= dict(JUPYTER_RUNTIME_DIR=folder, IPYTHONDIR=folder)
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+    class Private(AsyncKernelManager):
+        def __init__(self, **kw):
+            super().__init__(**kw | dict(transport='ipc', connection_file=f'{folder}/kernel.json'))
+        @property
+        def kernel_spec(self):
+            return KernelSpec(argv=[sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}'],
+                              display_name='this Python', language='python')
+        # what cells print comes another way; this is the kernel's own chatter
+        async def _async_launch_kernel(self, command, **kw):
+            await super()._async_launch_kernel(command, **kw | dict(stderr=subprocess.DEVNULL))
+    return Private
+
 def run_notebook(
     notebook:Path, # with a cell tagged `parameters`
     values:dict,   # parameters
     log:Path,      # the notebook as it ran
 ):
     "Execute a notebook through papermill. Raises CliError, with the last line, where a cell fails."
-    # the reader's own Jupyter settings and history stay out of it
-    with tempfile.TemporaryDirectory(prefix='jepa_nb') as d:
-        os.environ |= dict(JUPYTER_RUNTIME_DIR=d, IPYTHONDIR=d)
+    with tempfile.TemporaryDirectory(prefix='jepa_nb') as folder:
+        kernel = private_kernel(folder)
         import papermill
-        from jupyter_client.manager import AsyncKernelManager
-        class Private(AsyncKernelManager):
-            def __init__(self, **kw): super().__init__(**kw | dict(transport='ipc', connection_file=f'{d}/kernel.json'))
-            # what cells print comes another way; this is the kernel's own chatter
-            async def _async_launch_kernel(self, command, **kw):
-                await super()._async_launch_kernel(command, **kw | dict(stderr=subprocess.DEVNULL))
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
-            papermill.execute_notebook(notebook, log, values, kernel_name='python3', kernel_manager_class=Private,
-                                       cwd='.',
-                                       progress_bar=False, log_output=False)
+            papermill.execute_notebook(notebook, log, values, kernel_name='python3', kernel_manager_class=kernel,
+                                       cwd='.', progress_bar=False, log_output=False)
         except papermill.PapermillExecutionError as e:
             text = e.evalue.strip().splitlines() or ['']
             where = '' if e.ename in REFUSALS else f' ({e.ename}; all of it is in {log})'

@@ -7,10 +7,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+
+from jepa_nb.cli import private_kernel
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,8 +28,9 @@ def execute(
     sources = [c.source for c in nb.cells]
     for c in nb.cells:
         if c.cell_type == 'code' and skip and flags.search(c.source): c.source = ''
-    NotebookClient(nb, timeout=timeout, kernel_name='python3', record_timing=False,
-                   resources=dict(metadata=dict(path=str(Path(path).parent)))).execute()
+    with tempfile.TemporaryDirectory(prefix='jepa_nb') as folder: # sockets are files: no two kernels share a port
+        NotebookClient(nb, timeout=timeout, kernel_name='python3', kernel_manager_class=private_kernel(folder),
+                       record_timing=False, resources=dict(metadata=dict(path=str(Path(path).parent)))).execute()
     for c, source in zip(nb.cells, sources): c.source = source
     return nb
 
