@@ -27,7 +27,8 @@ from .files import sha256
 from .images import UNREADABLE, BadImage, DataError, image_size, one_line, open_pillow, to_rgb
 from .layered import scene_sizes
 from .scenes import scene_classes, scene_sample
-from .shards import IMAGE_ENDINGS, SAMPLE_PARTS, cached_index, file_state, parse_metadata, plain_tar, shard_index
+from .images import IMAGE_ENDINGS
+from .shards import SAMPLE_PARTS, cached_index, file_state, parse_metadata, plain_tar, shard_index
 
 # %% ../nbs/13_sources.ipynb #89ad656a
 CACHE_BYTES = 10**9 # data sets of at most this many decoded bytes are kept in memory
