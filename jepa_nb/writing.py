@@ -24,7 +24,8 @@ from .images import UNREADABLE, BadImage, DataError, image_size, one_line, open_
 from .layered import scene_sizes
 from .scenes import scene_classes, scene_sample
 from .shards import cache_path, file_state, shard_index, write_shard
-from .sources import FIRST_TEST_SCENE, list_folder
+from .folders import list_folder
+from .sources import FIRST_TEST_SCENE
 
 # %% ../nbs/19_writing.ipynb #8815b652
 def _remove_leftovers(out, name):
