@@ -7,6 +7,7 @@ __all__ = ['SYSTEM_FILES', 'SPLITS', 'split_of', 'Layout', 'find_layout', 'Folde
            'index_files']
 
 # %% ../nbs/13_folders.ipynb #4bbdd553
+import mmap
 import os
 import re
 import unicodedata
@@ -17,7 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from .images import UNREADABLE, DataError, image_size, one_line
-from .shards import IMAGE_ENDINGS, is_junk, summarize_skipped
+from .images import IMAGE_ENDINGS
+from .shards import is_junk, summarize_skipped
 
 # %% ../nbs/13_folders.ipynb #86c54eba
 SYSTEM_FILES = frozenset(('thumbs.db', 'desktop.ini', 'picasa.ini'))
@@ -173,7 +175,7 @@ def scan_folder(
     files = sorted(_walk_images(folder, passed))
     if not files:
         found = f"; it holds {summarize_skipped(r for _, r in passed)}" if passed else ''
-        raise DataError(f"{folder}: no images (jpg, png, webp) in it or in its sub-folders{found}")
+        raise DataError(f"{folder}: no images (jpg, png, tif, ...) in it or in its sub-folders{found}")
     below, is_meant = _choose_half(folder, files, split)
     cut = len(below)+1 if below else 0
     files = [f[cut:] for f in files if not below or f.startswith(below+os.sep)]
@@ -197,10 +199,11 @@ def _file_size(path):
     "Height and width of an image file, from no more bytes than are needed."
     with open(path, 'rb') as f:
         head = f.read(2**15)
-        try: return image_size(head)
-        except ValueError:
-            if len(head) < 2**15: raise
-            return image_size(head+f.read()) # a long thumbnail or color profile comes first
+        if len(head) < 2**15: return image_size(head)
+        if head[:2] == b'\xff\xd8': # a JPEG's orientation mark comes before its size, other formats' perhaps last
+            try: return image_size(head)
+            except ValueError: pass # a long thumbnail or color profile comes first
+        with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as whole: return image_size(whole)
 
 def index_files(
     folder:str|Path, # what the paths are relative to
