@@ -26,7 +26,8 @@ from jepa_nb.images import (
 from .layered import scene_sizes
 from .scenes import scene_classes, scene_sample
 from .shards import cache_path, file_state, shard_index, write_shard
-from .sources import FIRST_TEST_SCENE, list_folder
+from .folders import list_folder
+from .sources import FIRST_TEST_SCENE
 
 # %% ../nbs/19_writing.ipynb #8815b652
 def _remove_leftovers(out, name):
