@@ -333,7 +333,7 @@ def _count_unused(listing, skipped, notes):
         key, ending = split_name(name)
         if key is not None and _ends_like_image(ending): skipped.append((name, reason))
     for name, *_ in listing.members:
-        if split_name(name)[0] is not None: continue
+        if name.endswith('/') or split_name(name)[0] is not None: continue
         is_hidden = any(is_junk(part) for part in name.split('/') if part not in ('', '.', '..'))
         notes['hidden files, thumbnails or trash' if is_hidden else 'files without an ending'] += 1
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CACHE_BYTES', 'FIRST_TEST_SCENE', 'EXAMPLE_PATHS', 'DecodedCache', 'Source', 'data_fingerprint', 'split_literal',
-           'shard_files', 'read_class_names', 'join_classes', 'ShardSource', 'sample_metadata', 'sample_extras',
-           'FolderSource', 'SceneSource', 'is_remote', 'check_path', 'expand_path', 'open_source']
+           'shard_files', 'read_class_names', 'name_labels', 'join_classes', 'ShardSource', 'sample_metadata',
+           'sample_extras', 'FolderSource', 'SceneSource', 'is_remote', 'check_path', 'expand_path', 'open_source']
 
 # %% ../nbs/13_sources.ipynb #934c06c3
 import io
@@ -14,6 +14,7 @@ import os
 import re
 import unicodedata
 import warnings
+from collections import Counter
 from glob import escape, glob
 from itertools import chain
 from pathlib import Path
@@ -30,7 +31,7 @@ from .images import UNREADABLE, BadImage, DataError, image_size, one_line, open_
 from .layered import scene_sizes
 from .scenes import scene_classes, scene_sample
 from jepa_nb.shards import (
-    SAMPLE_PARTS, cached_index, file_state, parse_metadata, plain_tar, shard_index, summarize_skipped,
+    SAMPLE_PARTS, cached_index, check_skipped, file_state, parse_metadata, plain_tar, shard_index, summarize_skipped,
 )
 
 # %% ../nbs/13_sources.ipynb #89ad656a
@@ -61,6 +62,7 @@ class DecodedCache:
 # %% ../nbs/13_sources.ipynb #504119b9
 class Source:
     "Images by number. Sizes, labels and keys are known at once; pixels are read when they are asked for."
+    passed = () # (path, reason) of files that are not tried
     class_trouble = None # why names of classes cannot be given to the labels, where some but not all have one
     def __init__(self,
         name:str,                    # where the images come from, for messages
@@ -97,6 +99,10 @@ class Source:
             if self.decoded is not None: self.decoded[i] = x
         return x
 
+    def check_skipped(self, share:float): # of the images, as `data.max_skipped`
+        "Raise DataError where more than a share of the images cannot be used."
+        check_skipped(self.name, len(self), [reason for _, reason in (*self.skipped, *self.passed)], share)
+
     def summary(self)->str:
         "One line that says how many images there are, of how many classes, and from where."
         known = np.unique(self._labels[self._labels >= 0])
@@ -109,7 +115,7 @@ class Source:
 
     def sample(self, i:int)->dict:
         "One Sample: image [3 H W] uint8, label, key, and whatever else the data has."
-        known = dict(label=int(self.labels[i]), key=self.keys[i])
+        known = dict(label=int(self._labels[i]), key=self.keys[i])
         return dict(image=self.image(i).permute(2, 0, 1), **known, **self.extras(i))
 
 def data_fingerprint(
@@ -157,12 +163,18 @@ def shard_files(
     if not shards: raise DataError(f"{path}: no shards (.tar, .tar.gz) match; {_SHARD_EXAMPLE}")
     return shards
 
-def _warn_skipped(name, skipped):
-    "Warn once about everything in a shard or folder that cannot be used."
-    if not skipped: return
-    example = ': '.join(s for s in skipped[-1] if s)
-    text = f"{len(skipped)} skipped, {'' if len(skipped) == 1 else 'e.g. '}{example}"
-    warnings.warn(f"{name}: {text}", stacklevel=4)
+def _warn_skipped(name, skipped, faults=(), notes=None):
+    "Warn once about everything in shards or in a folder that is not used, or is used in another way than usual."
+    parts = []
+    if len(skipped) == 1: parts.append(f"1 skipped, {': '.join(s for s in skipped[0] if s)}")
+    if len(skipped) > 1:
+        reasons = summarize_skipped(reason for _, reason in skipped)
+        parts.append(f"{len(skipped)} skipped, e.g. {': '.join(s for s in skipped[-1] if s)} ({reasons})")
+    if faults:
+        parts.append(f"{len(faults)} label{'s' if len(faults) > 1 else ''} that evaluation will refuse, "
+                     f"e.g. {': '.join(faults[0])}")
+    parts += [f'{n} {text}' for text, n in (notes or {}).items()]
+    if parts: warnings.warn(f"{name}: {'; '.join(parts)}", stacklevel=4)
 
 # %% ../nbs/13_sources.ipynb #6e3515a0
 def read_class_names(
@@ -183,6 +195,21 @@ def read_class_names(
     if not is_ours or not isinstance(classes, list) or not classes: return None
     if not all(isinstance(c, str) for c in classes): return None
     return [unicodedata.normalize('NFC', c) for c in classes]
+
+def name_labels(
+    indices:list[dict], # of shards, see `index_tar`
+)->tuple[list[np.ndarray],list[str]|None]: # of each [i] int64, -1 unknown; names of the classes, None for numbers only
+    "Labels as numbers. Where some are names, all are, `3` too, and they are numbered in alphabetical order."
+    labels = [d['labels'] for d in indices]
+    if not any(d['label_names'] for d in indices): return labels, None
+    numbers = [np.unique(y[y >= 0]).tolist() for y in labels]
+    classes = sorted({str(k) for ks in numbers for k in ks}.union(*(d['label_names'] for d in indices)))
+    number, out = {c: k for k, c in enumerate(classes)}, []
+    for d, y, ks in zip(indices, labels, numbers):
+        of_names = np.array([number[c] for c in d['label_names']]+[-1], np.int64)[d['named']] # -1 is the last
+        of_numbers = np.array([number[str(k)] for k in ks]+[-1], np.int64)[np.searchsorted(ks, y)]
+        out.append(np.where(y >= 0, of_numbers, of_names))
+    return out, classes
 
 def join_classes(
     paths:list[Path],         # shards
@@ -209,19 +236,33 @@ class ShardSource(Source):
         name:str,              # for messages
         cache:str|bool='auto', # see `Source`
     ):
-        indices, keys, skipped = [], [], []
+        indices, keys, skipped, self.faults, notes = [], [], [], [], Counter()
         for p in tqdm(paths, desc=f'index {name}', disable=None, leave=False, delay=1):
-            indices.append(shard_index(p))
-            _warn_skipped(p, indices[-1]['skipped'])
-            keys += indices[-1]['keys']
-            skipped += [(f'{p.name}: {k}' if k else p.name, reason) for k, reason in indices[-1]['skipped']]
-        if not keys: raise DataError(': '.join([f'{name}: no images in it', *(skipped or [()])[0]]))
+            index = shard_index(p)
+            indices.append(index)
+            keys += index['keys']
+            skipped += [(f'{p.name}: {k}' if k else p.name, reason) for k, reason in index['skipped']]
+            self.faults += [(f'{p}: {k}', reason) for k, reason in index['faults']]
+            notes.update(index['notes'])
+        if not keys:
+            found = [': '.join(skipped[0])] if skipped else []
+            raise DataError('; '.join([f'{name}: no images in it', *found, *(f'{n} {k}' for k, n in notes.items())]))
+        _warn_skipped(name, skipped, self.faults, notes)
         joined = lambda k: np.concatenate([d[k] for d in indices])
         self.shards, self.tars, self.files = paths, [plain_tar(p) for p in paths], {}
         self.shard = np.repeat(np.arange(len(paths)), [len(d['keys']) for d in indices]) # [i] which shard has image i
         self.spans = joined('at') # [i 4 2] offset and size of SAMPLE_PARTS
-        labels, classes, self.class_trouble = join_classes(paths, [d['labels'] for d in indices])
+        labels, classes = name_labels(indices)
+        if classes is None: labels, classes, self.class_trouble = join_classes(paths, labels)
         super().__init__(name, joined('sizes'), np.concatenate(labels), keys, cache, skipped, classes)
+
+    @property
+    def labels(self): # [i] int64, -1 unknown
+        "The class of every image. DataError where one has a label that cannot be used."
+        if self.faults:
+            more = f'; so are {len(self.faults)-1} others' if len(self.faults) > 1 else ''
+            raise DataError(f"{': '.join(self.faults[0])}{more}; evaluation by class needs every label or none")
+        return self._labels
 
     def __getstate__(self): return dict(super().__getstate__(), files={})
     def location(self, i:int)->str: return f'{self.shards[self.shard[i]]}: {self.keys[i]}' # for messages
@@ -280,7 +321,8 @@ def sample_extras(
         z = z.astype(np.float32) / (1000 if z.dtype.kind in 'iu' else 1) # integers are mm, 0 is unknown
         out['depth'] = torch.from_numpy(np.where(z > 0, z, np.float32('nan')))
     if objects: out['objects'] = torch.from_numpy(_read_map(objects, sample, size, 'objects').astype(np.uint8))
-    return out | sample_metadata(metadata, sample)
+    try: return out | sample_metadata(metadata, sample)
+    except DataError: return out # a json that is none is no reason to refuse an image
 
 # %% ../nbs/13_sources.ipynb #608f83c5
 class FolderSource(Source):

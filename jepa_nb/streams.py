@@ -243,4 +243,6 @@ def open_data(
     check_data(data)
     remote = data.kind == 'shards' and is_remote(data.path)
     if remote: return Stream(data.path, data.seed, data.replace, data.shuffle)
-    return open_source(data.kind, data.path, data.images, data.side, data.seed, split, cache)
+    source = open_source(data.kind, data.path, data.images, data.side, data.seed, split, cache)
+    source.check_skipped(data.max_skipped)
+    return source

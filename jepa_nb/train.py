@@ -131,7 +131,7 @@ def effective_rank_scores(jepa:JEPA, source)->dict:
 MUTABLE_ON_RESUME = (
     'run.steps', 'run.epochs', 'run.epoch_images', 'run.step_images', 'run.keep', 'run.keep_at', 'run.log_every',
     'run.save_every', 'run.rank_every', 'run.rank_images', 'run.lidar_images', 'run.lidar_views', 'run.name',
-    'data.workers')
+    'data.workers', 'data.max_skipped')
 
 def _flat(d:dict, prefix:str='')->dict:
     "Nested settings as `group.name`."
