@@ -11,7 +11,6 @@ __all__ = ['PUBLISHED_TABLES', 'HERO', 'GUIDES', 'notebook_of', 'page_of', 'read
            'run_sphinx', 'replace_folder', 'check_report', 'build_report']
 
 # %% ../nbs/78_site.ipynb #2fd14d59
-import fcntl
 import inspect
 import json
 import os
@@ -29,6 +28,7 @@ from pathlib import Path
 from .claims import UNTESTED
 from .files import repo_root
 from .findings import finding_lines
+from .locks import file_lock
 from jepa_nb.report import (
     REPORTED_TIERS, VERDICTS, Notes, ReportError, figures_origin, ledger_pages, read_figure_at_tier, tiers_of,
     try_csv, try_json,
@@ -446,8 +446,7 @@ def build_report(
     check_report(root, out)
     out.parent.mkdir(parents=True, exist_ok=True)
     new, lock = out.with_name(f'.{out.name}.new'), out.with_name(f'.{out.name}.lock')
-    with open(lock, 'w') as f, tempfile.TemporaryDirectory(prefix='jepa_nb-report-') as d:
-        fcntl.flock(f, fcntl.LOCK_EX)
+    with file_lock(lock), tempfile.TemporaryDirectory(prefix='jepa_nb-report-') as d:
         shutil.rmtree(new, ignore_errors=True)
         src, html = Path(d)/'src', Path(d)/'html'
         write_source(root, src, Notes(root))

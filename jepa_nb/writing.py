@@ -6,7 +6,6 @@
 __all__ = ['ORIENTATION', 'refuse_used_folder', 'make_shards', 'downscale', 'shards_from_folder', 'shards_from_scenes']
 
 # %% ../nbs/19_writing.ipynb #24d4f810
-import fcntl
 import io
 import json
 import os
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from .images import UNREADABLE, BadImage, DataError, image_size, one_line, open_pillow, pillow_rgb, to_rgb
 from .layered import scene_sizes
+from .locks import NoLocks, lock_open_file
 from .scenes import scene_classes, scene_sample
 from .shards import cache_path, file_state, shard_index, write_shard
 from .sources import FIRST_TEST_SCENE, list_folder
@@ -99,10 +99,8 @@ def refuse_used_folder(
 # %% ../nbs/19_writing.ipynb #5afe5a1e
 def _lock(fd, wait=False):
     "Lock an open file. False if another process holds it; True as well where the file system has no locks."
-    try: fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError: return False
-    except OSError: pass
-    return True
+    try: return lock_open_file(fd, wait=wait)
+    except NoLocks: return True
 
 def _is_current(fd, path):
     "Whether an open file is still the one at a path."
