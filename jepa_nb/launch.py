@@ -24,6 +24,7 @@ from pathlib import Path
 
 import click
 
+from .files import write_atomic
 from .locks import file_lock, join_lock, wait_for_lock
 from .progress import Progress, duration, parse_job, plan_lines, last_lines, wall_seconds, wrap_text
 from .tiers import CliError, missing_path, read_tier, scenes_folder
@@ -250,7 +251,7 @@ def print_job_times(
 ):
     "Print the planned and the spent time in a line."
     rows = sorted((j.kind, j.name, j.seconds, s) for j, s in progress.finished.values())
-    log.write_text(''.join(f'{kind}\t{name}\t{planned:.0f}\t{s:.1f}\n' for kind, name, planned, s in rows))
+    write_atomic(log, ''.join(f'{kind}\t{name}\t{planned:.0f}\t{s:.1f}\n' for kind, name, planned, s in rows))
     planned = wall_seconds(progress.jobs, progress.cores)
     text = f"{len(rows)} of {len(progress.jobs)} jobs in {duration(seconds)}"+(f', planned {duration(planned)}'
         if planned else '')

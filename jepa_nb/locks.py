@@ -19,7 +19,7 @@ from _thread import interrupt_main
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .files import RunError
+from .files import WriteError
 
 try: import fcntl
 except ImportError: fcntl = None # Windows
@@ -157,7 +157,7 @@ def _open_lock(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_RDWR|os.O_CREAT|getattr(os, 'O_CLOEXEC', 0), 0o644)
-    except OSError as e: raise RunError(f"{_shown(path)}: cannot be written: {e.strerror}") from None
+    except OSError as e: raise WriteError(f"{_shown(path)}: cannot be written: {e.strerror}") from None
 
 def lock_open_file(
     fd:int,            # descriptor
@@ -177,8 +177,9 @@ def _try_lock(path):
     try:
         if not lock_open_file(fd): holder = f"process {os.read(fd, 20).decode(errors='replace').strip() or '?'}"
         elif os.path.samestat(os.fstat(fd), os.stat(path)):
-            os.ftruncate(fd, 0)
-            os.write(fd, f'{os.getpid()}\n'.encode())
+            with suppress(OSError): # the number is for messages only; the disk may be full
+                os.ftruncate(fd, 0)
+                os.write(fd, f'{os.getpid()}\n'.encode())
             _held.add(fd)
             return fd, None
     except FileNotFoundError: pass # the folder was moved aside meanwhile
@@ -206,7 +207,7 @@ def file_lock(
     poll:float=.5,   # seconds between attempts
     say=lambda text: print(text, file=sys.stderr), # called with a line where the file system has no locks
 ):
-    "Hold a lock. Raises RunError where its file cannot be written."
+    "Hold a lock. Raises WriteError where its file cannot be written."
     path, start = Path(path), time.monotonic()
     file, fd = OwnerFile(path.with_name(f'{path.name}.owner'), say), None
     while True:
@@ -214,7 +215,7 @@ def file_lock(
         except NoLocks as e:
             announce_no_locks(path, e, say, f'{file.path.name} takes their place')
             try: holder = file.acquire()
-            except OSError as e: raise RunError(f"{_shown(path)}: cannot be written: {e.strerror}") from None
+            except OSError as e: raise WriteError(f"{_shown(path)}: cannot be written: {e.strerror}") from None
             if holder is None: break
         if fd is not None: break
         if holder: waiting(holder, time.monotonic()-start)
@@ -240,7 +241,7 @@ def join_lock(
         mine = path.with_name(f"{path.name}.{owner['token']}.owner")
         announce_no_locks(path, e, say, f'{path.name}.*.owner take their place')
         try: mine.write_text(json.dumps(owner))
-        except OSError as e: raise RunError(f"{mine}: cannot be written: {e.strerror}") from None
+        except OSError as e: raise WriteError(f"{mine}: cannot be written: {e.strerror}") from None
         atexit.register(lambda pid=os.getpid(): pid == os.getpid() and mine.unlink(missing_ok=True))
 
 def wait_for_lock(

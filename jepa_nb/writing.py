@@ -12,13 +12,14 @@ import os
 import re
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from .files import writing
 from .images import UNREADABLE, BadImage, DataError, image_size, one_line, open_pillow, pillow_rgb, to_rgb
 from .layered import scene_sizes
 from .locks import NoLocks, lock_open_file
@@ -109,8 +110,13 @@ def _is_current(fd, path):
 def _write_manifest(out, name, manifest, replace):
     "Write a manifest and return it open and locked; None where another process was faster."
     path, temporary = out/f'{name}.json', out/f'.{name}.json.{os.getpid()}.tmp'
-    temporary.write_text(json.dumps(manifest, indent=1))
-    fd = os.open(temporary, os.O_RDWR)
+    with writing(path):
+        try:
+            temporary.write_text(json.dumps(manifest, indent=1))
+            fd = os.open(temporary, os.O_RDWR)
+        except OSError:
+            with suppress(OSError): temporary.unlink()
+            raise
     try:
         _lock(fd)
         if replace:
@@ -149,7 +155,7 @@ def _open_manifest(out, name, manifest, replace):
 @contextmanager
 def _own_folder(out, name, manifest, replace):
     "Hold the manifest's lock. Gives a function that raises DataError once the manifest was replaced."
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out): out.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(out, name)
     fd = None
     while fd is None: fd = _open_manifest(out, name, manifest, replace)
