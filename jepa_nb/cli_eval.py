@@ -279,7 +279,7 @@ def ranks_command(run, words, train_data, test_data, out, tier):
     from jepa_nb.results import write_result
     scores, own, words = split_words(words, 'ranks', 'eval')
     ranks, cfg = make_ranks({}, scores), make_eval({}, own)
-    opened = Opened(run, words, 'ranks', (train_data, test_data), None)
+    opened = Opened(run, words, 'ranks', (train_data, test_data), out)
     opened.check_halves()
     wanted = opened.wanted
     if wanted.name != 'ranks.json': wanted = wanted.with_suffix('')/'ranks.json' # its probes go beside it

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .archives import Files, MissingFile, TarFiles, open_files, read_mat
 from .images import DataError, one_line
-from .shards import cache_folder, encode_png, write_streamed
+from .shards import cache_folder, cached_files, encode_png, write_cached, write_streamed
 from .streams import open_stream
 from .writing import downscale, make_shards, refuse_used_folder
 
@@ -405,7 +405,8 @@ def download(
 )->Path:                # in the cache folder
     "Download a file once, to the cache folder. DataError where that fails or the checksum is another."
     path = cache_folder()/url.rsplit('/', 1)[-1]
-    if path.exists() and md5 in (None, file_md5(path, progress)): return path
+    for there in cached_files(path):
+        if there.exists() and md5 in (None, file_md5(there, progress)): return there
     def fetch(f):
         with open_stream(url) as r:
             total = int(r.headers.get('Content-Length') or 0) or None
@@ -417,11 +418,10 @@ def download(
         f.flush()
         if md5 not in (None, got := file_md5(f.name, progress)):
             raise DataError(f"{url}: came with checksum {got}, {md5} expected; try again")
-    try: write_streamed(path, fetch)
+    try: return write_cached(path, lambda path: write_streamed(path, fetch))
     except (OSError, HTTPException) as e:
         raise DataError(f"{url}: cannot be downloaded ({one_line(e)}); "
                         "get it by other means and give the file") from None
-    return path
 
 # %% ../nbs/61_sets.ipynb #37926c14
 def cifar10_images(

@@ -7,8 +7,8 @@ __all__ = ['JUNK_FOLDERS', 'UNREAD_ENDINGS', 'NO_IMAGE', 'SECOND', 'SAMPLE_PARTS
            'DOTS', 'INDEX_VERSION', 'MAX_RATIO', 'is_junk', 'is_lost', 'summarize_skipped', 'check_skipped',
            'encode_png', 'encode_depth', 'sample_members', 'write_streamed', 'write_shard', 'write_shards',
            'split_name', 'divide_sample', 'group_neighbours', 'group_samples', 'parse_metadata', 'parse_label',
-           'find_label', 'read_label', 'index_tar', 'cache_folder', 'cache_path', 'file_state', 'max_unpacked',
-           'plain_tar', 'cached_index', 'shard_index']
+           'find_label', 'read_label', 'index_tar', 'cache_folder', 'cache_path', 'file_state', 'cached_files',
+           'write_cached', 'max_unpacked', 'plain_tar', 'cached_index', 'shard_index']
 
 # %% ../nbs/12_shards.ipynb #861247c8
 import gzip
@@ -19,18 +19,22 @@ import math
 import mmap
 import os
 import re
+import stat
 import tarfile
+import tempfile
 import unicodedata
+import warnings
 import zipfile
 import zlib
 from collections import Counter
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from .files import RunError, write_atomic
+from .files import WriteError, write_atomic, writing
 from .images import IMAGE_ENDINGS, UNREADABLE, DataError, image_size, one_line
 from .tars import list_tar
 
@@ -123,13 +127,15 @@ def write_streamed(
     path:Path, # destination; its folder is made
     write,     # open binary file -> result
 ):             # the result of `write`
-    "Write a file to a temporary one beside it and rename it: it is there whole or not at all."
-    path.parent.mkdir(parents=True, exist_ok=True)
+    "Write a file to a temporary one beside it and rename it, whole or not at all. Raises WriteError for a full disk."
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        with open(temporary, 'wb') as f: result = write(f)
-        os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, 'wb') as f: result = write(f)
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError): temporary.unlink()
     return result
 
 def write_shard(
@@ -393,7 +399,9 @@ MAX_RATIO = 200 # what unpacks to more than this (and 100 MB) is not a shard of 
 
 def cache_folder()->Path:
     "The folder of unpacked shards, indices and downloads: JEPA_NB_CACHE, else ~/.cache/jepa_nb."
-    return Path(os.environ.get('JEPA_NB_CACHE') or Path.home()/'.cache'/'jepa_nb')
+    if given := os.environ.get('JEPA_NB_CACHE'): return Path(given)
+    try: return Path.home()/'.cache'/'jepa_nb'
+    except RuntimeError: return Path('/nonexistent/.cache/jepa_nb') # a user without a home, as in some containers
 
 def cache_path(
     depends_on, # values that the content depends on
@@ -407,6 +415,42 @@ def file_state(path)->tuple[str,int,int]: # absolute path, bytes, time of the la
     "What changes when a file is changed."
     s = os.stat(path)
     return os.path.abspath(path), s.st_size, s.st_mtime_ns
+
+# %% ../nbs/12_shards.ipynb #7fe8e194
+_announced = set() # folders of which it was said that they cannot be written
+
+def _spare_folder(create=False)->Path|None:
+    "This user's folder among the temporary files; None where it does not exist or is somebody else's."
+    folder = Path(tempfile.gettempdir())/f'jepa_nb-{os.getuid()}'
+    with suppress(OSError):
+        if create: folder.mkdir(mode=0o700, exist_ok=True)
+        s = os.lstat(folder)
+        if stat.S_ISDIR(s.st_mode) and s.st_uid == os.getuid() and not s.st_mode & 0o022: return folder
+
+def cached_files(
+    path:Path,    # in the cache folder
+)->list[Path]:
+    "Where a file of the cache may be: there, or among the temporary files."
+    spare = _spare_folder()
+    return [path]+([spare/path.name] if spare else [])
+
+def write_cached(
+    path:Path, # in the cache folder
+    write,     # path -> None; writes the file
+)->Path:       # where it is
+    "Write a file of the cache, else among the temporary files, and say so. WriteError where neither can be written."
+    try: write(path)
+    except WriteError as e:
+        folder = _spare_folder(create=True)
+        if folder is None: raise
+        if path.parent not in _announced:
+            reason = str(e).rpartition(': ')[2]
+            warnings.warn(f"{path.parent}: cannot be written ({reason}); what is kept there goes to {folder} instead; "
+                          "JEPA_NB_CACHE names another folder", stacklevel=2)
+        _announced.add(path.parent)
+        path = folder/path.name
+        write(path)
+    return path
 
 # %% ../nbs/12_shards.ipynb #bad6663c
 def max_unpacked(
@@ -430,12 +474,10 @@ def plain_tar(path:Path)->Path:
     "The shard itself, or its unpacked copy in the cache folder. Two processes may unpack one shard at the same time."
     if not path.name.endswith('gz'): return path
     out = cache_path(file_state(path), '.tar')
-    try:
-        if not out.exists(): write_streamed(out, lambda f: _unpack(path, f))
-    except OSError as e:
-        raise DataError(f"{path}: cannot be unpacked into {out.parent} ({e.strerror}); "
-                        "set JEPA_NB_CACHE to a folder with free space") from None
-    return out
+    if there := next((p for p in cached_files(out) if p.exists()), None): return there
+    try: return write_cached(out, lambda out: write_streamed(out, lambda f: _unpack(path, f)))
+    except WriteError as e:
+        raise DataError(f"{path}: cannot be unpacked ({e}); set JEPA_NB_CACHE to a folder with free space") from None
 
 # %% ../nbs/12_shards.ipynb #f8ac998e
 def _pack_index(index):
@@ -458,11 +500,12 @@ def cached_index(
 )->dict:
     "An index from the cache folder, or from `make` and then kept there."
     saved = cache_path(depends_on, '.npz')
-    try: return _load_index(saved)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): pass
+    for path in cached_files(saved):
+        try: return _load_index(path)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): pass
     index = make()
-    try: write_atomic(saved, _pack_index(index))
-    except RunError: pass # a cache that cannot be written only costs time
+    with suppress(WriteError): # a cache that cannot be written only costs time
+        write_cached(saved, lambda path: write_atomic(path, _pack_index(index)))
     return index
 
 def shard_index(path:Path)->dict:

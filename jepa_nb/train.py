@@ -8,7 +8,6 @@ __all__ = ['MUTABLE_ON_RESUME', 'Meter', 'collapse_metrics', 'effective_rank_sco
 
 # %% ../nbs/35_train.ipynb #4b0bbdf3
 import json
-import os
 import shutil
 import signal
 import sys
@@ -31,7 +30,7 @@ from jepa_nb.devices import (
     DistContext, StopSignals, gather_loader_state, init_distributed, scatter_loader_state, setup_precision,
     step_generator, to_device, worker_shutdown_guard,
 )
-from .files import RunError, checkpoint_folders, checkpoint_step, sha256, write_json
+from .files import LogFile, RunError, checkpoint_folders, checkpoint_step, sha256, write_json
 from .jepa import JEPA, ema_, encode_targets
 from .loader import loader
 from .metrics import check_scores, collapse, rank_scores, rankme
@@ -287,7 +286,7 @@ class RunLogger:
         _remove_leftovers(self.run)
         save_config(self.cfg, self.run/'config.yaml')
         cut_log(self.run/'log.jsonl', state['step'])
-        self.log = open(self.run/'log.jsonl', 'a', buffering=1)
+        self.log = LogFile(self.run/'log.jsonl')
         old_runtime = state.get('facts', self.runtime)
         for k in ('device', 'threads', 'torch'):
             if old_runtime[k] != self.runtime[k]:
@@ -348,7 +347,7 @@ class RunLogger:
         "Write a checkpoint after update `step`."
         self.images += meter.gather()
         if not self.is_main or self.last_saved_step == step: return
-        os.fsync(self.log.fileno())
+        self.log.sync()
         state = dict(step=step+1, images=self.images, seconds=self.clock(), data=self.data, planner=planner,
                      meter=meter.state(), facts=self.runtime, **self.start)
         self.last_checkpoint, self.last_saved_step = save_checkpoint(self.run, jepa, opt, self.cfg, state), step

@@ -6,24 +6,25 @@
 __all__ = ['refuse_used_folder', 'make_shards', 'downscale', 'shards_from_folder', 'shards_from_scenes']
 
 # %% ../nbs/19_writing.ipynb #24d4f810
-import fcntl
 import io
 import json
 import os
 import re
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from .files import writing
 from jepa_nb.images import (
     ORIENTATION, UNREADABLE, BadImage, DataError, image_size, one_line, open_pillow, pillow_rgb, to_rgb,
 )
 from .layered import scene_sizes
+from .locks import NoLocks, lock_open_file
 from .scenes import scene_classes, scene_sample
 from .shards import cache_path, file_state, shard_index, write_shard
 from .folders import list_folder
@@ -102,10 +103,8 @@ def refuse_used_folder(
 # %% ../nbs/19_writing.ipynb #5afe5a1e
 def _lock(fd, wait=False):
     "Lock an open file. False if another process holds it; True as well where the file system has no locks."
-    try: fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError: return False
-    except OSError: pass
-    return True
+    try: return lock_open_file(fd, wait=wait)
+    except NoLocks: return True
 
 def _is_current(fd, path):
     "Whether an open file is still the one at a path."
@@ -114,8 +113,13 @@ def _is_current(fd, path):
 def _write_manifest(out, name, manifest, replace):
     "Write a manifest and return it open and locked; None where another process was faster."
     path, temporary = out/f'{name}.json', out/f'.{name}.json.{os.getpid()}.tmp'
-    temporary.write_text(json.dumps(manifest, indent=1))
-    fd = os.open(temporary, os.O_RDWR)
+    with writing(path):
+        try:
+            temporary.write_text(json.dumps(manifest, indent=1))
+            fd = os.open(temporary, os.O_RDWR)
+        except OSError:
+            with suppress(OSError): temporary.unlink()
+            raise
     try:
         _lock(fd)
         if replace:
@@ -154,7 +158,7 @@ def _open_manifest(out, name, manifest, replace):
 @contextmanager
 def _own_folder(out, name, manifest, replace):
     "Hold the manifest's lock. Gives a function that raises DataError once the manifest was replaced."
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out): out.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(out, name)
     fd = None
     while fd is None: fd = _open_manifest(out, name, manifest, replace)
