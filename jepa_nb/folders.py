@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .images import UNREADABLE, DataError, image_size, one_line
 from .images import IMAGE_ENDINGS
-from .shards import is_junk, summarize_skipped
+from .samples import is_junk, summarize_skipped
 
 # %% ../nbs/13_folders.ipynb #86c54eba
 SYSTEM_FILES = frozenset(('thumbs.db', 'desktop.ini', 'picasa.ini'))

@@ -30,9 +30,8 @@ from .folders import index_files, scan_folder
 from .images import UNREADABLE, BadImage, DataError, image_size, one_line, open_pillow, to_rgb
 from .layered import scene_sizes
 from .scenes import scene_classes, scene_sample
-from jepa_nb.shards import (
-    SAMPLE_PARTS, cached_index, check_skipped, file_state, parse_metadata, plain_tar, shard_index, summarize_skipped,
-)
+from .samples import check_skipped, parse_metadata, summarize_skipped
+from .shards import SAMPLE_PARTS, cached_index, file_state, plain_tar, shard_index
 
 # %% ../nbs/13_sources.ipynb #89ad656a
 CACHE_BYTES = 10**9 # data sets of at most this many decoded bytes are kept in memory

@@ -23,7 +23,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from .images import IMAGE_ENDINGS, MAX_PIXELS, BadImage, DataError, image_size, one_line
 from .recipes import check_data
-from .shards import MAX_RATIO, group_samples, max_unpacked, read_label, split_name
+from .samples import group_samples, read_label, split_name
+from .shards import MAX_RATIO, max_unpacked
 from .tars import walk_tar
 from .sources import Source, check_path, is_remote, open_source, shard_files
 

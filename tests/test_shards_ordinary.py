@@ -12,7 +12,7 @@ from PIL import Image
 
 from jepa_nb.config import DataConfig
 from jepa_nb.images import DataError
-from jepa_nb.shards import check_skipped, is_lost, parse_label, split_name, summarize_skipped
+from jepa_nb.samples import check_skipped, is_lost, parse_label, split_name, summarize_skipped
 from jepa_nb.sources import open_source
 from jepa_nb.streams import Stream, open_data
 from jepa_nb.tars import list_tar
