@@ -86,6 +86,7 @@ def write_streamed(
 def write_shard(
     path:str|Path, # ends in .tar
     samples,       # iterable of samples, see `sample_members`
+    before=None,   # called with (bytes, samples) of the whole shard before it takes its name
 )->int:            # samples written
     "Write one shard, whole or not at all."
     def write(f):
@@ -96,6 +97,7 @@ def write_shard(
                     info = tarfile.TarInfo(f"{sample['key']}.{ending}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
+        if before is not None: before(f.tell(), n)
         return n
     return write_streamed(Path(path), write)
 

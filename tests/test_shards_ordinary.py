@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import jepa_nb.writing as writing
+from jepa_nb.cli import main
 from jepa_nb.config import DataConfig
 from jepa_nb.images import DataError
 from jepa_nb.samples import check_skipped, is_lost, parse_label, split_name, summarize_skipped
 from jepa_nb.sources import open_source
 from jepa_nb.streams import Stream, open_data
 from jepa_nb.tars import list_tar
+from jepa_nb.writing import shards_from_folder
 
 
 @pytest.fixture(autouse=True)
@@ -257,3 +260,164 @@ def test_more_than_a_share_ends_the_job(tmp_path):
             open_data(config(4))
         assert len(open_data(config(4, max_skipped=.334))) == 8
     check_skipped('x', 1, ['.txt']*50+['no image beside cls']*50) # files that are no images are not lost ones
+
+
+# ---- shards made from folders
+
+def photos(folder, n=12, kind='jpeg', start=0):
+    "Photographs of two classes."
+    for i in range(start, start+n):
+        f = folder/('cat', 'dog')[i%2]/f'{i:02d}.{kind.replace("jpeg", "jpg")}'
+        f.parent.mkdir(parents=True, exist_ok=True)
+        f.write_bytes(jpeg(i, kind=kind))
+    return folder
+
+def verb(capsys, *words):
+    "What a command prints, and its exit code."
+    with pytest.raises(SystemExit) as e: main([str(w) for w in words])
+    said = capsys.readouterr()
+    return e.value.code, said.out.strip(), said.err.strip()
+
+def refused(capsys, *words):
+    code, _, said = verb(capsys, *words)
+    assert code == 1 and len(said.splitlines()) == 1, said
+    return said
+
+def contents(out): return {f.relative_to(out).as_posix(): f.read_bytes() for f in out.rglob('*') if f.is_file()}
+
+def test_what_was_made_is_said(tmp_path, capsys):
+    code, said, _ = verb(capsys, 'data', 'shards', photos(tmp_path/'p'), tmp_path/'out')
+    assert code == 0 and said.endswith('out: 12 images of 2 classes (cat, dog) in 1 shard')
+    code, said, _ = verb(capsys, 'data', 'scenes', tmp_path/'s', '--images', '2', '--side', '16')
+    assert code == 0 and said.endswith(' in 1 shard') and 's: 2 images of ' in said
+    s, _ = opened(tmp_path/'out')
+    assert s.classes == ['cat', 'dog'] and np.bincount(s.labels).tolist() == [6, 6]
+
+def test_halves_are_no_classes(tmp_path, capsys):
+    for half in ('train', 'val'): photos(tmp_path/'p'/half)
+    said = refused(capsys, 'data', 'shards', tmp_path/'p', tmp_path/'out')
+    assert 'p/train' in said and not (tmp_path/'out').exists()
+    assert verb(capsys, 'data', 'shards', tmp_path/'p/train', tmp_path/'out')[0] == 0
+
+def test_classes_called_by_numbers(tmp_path):
+    for c in (1, 2, 10): photos(tmp_path/'p'/str(c), 2)
+    shards_from_folder(tmp_path/'p', tmp_path/'out', progress=False)
+    s, _ = opened(tmp_path/'out')
+    assert s.classes == ['1', '10', '2']
+    assert all(key.split('/')[0] == s.classes[y] for key, y in zip(s.keys, s.labels))
+
+def test_class_names_are_composed(tmp_path):
+    "macOS stores é as two characters; a manifest of the other form describes the same shards."
+    photos(tmp_path/'p'/'Caf\u0065\u0301', 4)
+    photos(tmp_path/'p'/'Tee', 4)
+    shards_from_folder(tmp_path/'p', tmp_path/'out', progress=False)
+    path = tmp_path/'out/train.json'
+    assert json.loads(path.read_text())['classes'] == ['Caf\u00e9', 'Tee']
+    path.write_text(path.read_text().replace('Caf\\u00e9', 'Cafe\\u0301'))
+    assert shards_from_folder(tmp_path/'p', tmp_path/'out', progress=False)['images'] == 8
+    assert opened(tmp_path/'out')[0].classes == ['Caf\u00e9', 'Tee']
+
+def test_everything_in_a_folder_is_counted(tmp_path, capsys):
+    p = photos(tmp_path/'p')
+    for i in range(3):
+        (p/f'cat/IMG_{i}.HEIC').write_bytes(b'\0\0\0\x18ftypheic'+bytes(50))
+        (p/f'dog/away{i}.jpg').symlink_to('/mnt/archive/1.jpg')
+        (p/f'cat/scan{i}.tif').write_bytes(jpeg(i, kind='tiff'))
+        (p/f'dog/{i}.txt').write_text('notes')
+        (p/f'@eaDir/{i}.jpg').mkdir(parents=True)
+        (p/f'@eaDir/{i}.jpg/T.jpg').write_bytes(jpeg(i))
+    said = refused(capsys, 'data', 'shards', p, tmp_path/'out')
+    assert '3 .heic' in said and '3 links to nowhere' in said and '--max-skipped 0.286' in said and 'txt' not in said
+    assert not (tmp_path/'out').exists()
+    code, said, _ = verb(capsys, 'data', 'shards', p, tmp_path/'out', '--max-skipped', '.286')
+    assert code == 0 and '15 images of 2 classes (cat, dog)' in said
+    for part in ('3 .heic', '3 links to nowhere', '3 .txt', '@eaDir'): assert part in said, said
+    assert 'eaDir' not in (tmp_path/'out/train.json').read_text()
+
+def test_damaged_images_end_the_work_above_a_share(tmp_path, capsys):
+    p = photos(tmp_path/'p', 20)
+    for i in range(3): (p/f'cat/{2*i:02d}.jpg').write_bytes(jpeg(i)[:300])
+    said = refused(capsys, 'data', 'shards', p, tmp_path/'out')
+    assert '3 of 20 images cannot be used: 3 ' in said and '--max-skipped 0.15' in said
+    code, said, _ = verb(capsys, 'data', 'shards', p, tmp_path/'out', '--max-skipped', '.15')
+    assert code == 0 and '17 images' in said and '3 left out: 3 ' in said
+    again = verb(capsys, 'data', 'shards', p, tmp_path/'out', '--max-skipped', '.15')[1]
+    assert again == said.split(', e.g.')[0] # the reasons are kept
+    assert sum(json.loads((tmp_path/'out/train.json').read_text())['left_out'].values()) == 3
+
+
+# ---- nothing of the user's is removed or overwritten
+
+@pytest.mark.parametrize('replace', [(), ('--replace',)], ids=['', 'replace'])
+@pytest.mark.parametrize('name', ['train-mine.tar', 'train-000007.tar', 'mine.tar', 'test-000000.tar',
+                                  'train-000001.tar.gz', 'val-1.tar'])
+def test_an_archive_of_somebody_else(tmp_path, capsys, name, replace):
+    "Beside our shards, or alone; whether the same shards are asked for or others."
+    a, b, out = photos(tmp_path/'a'), photos(tmp_path/'b', start=40), tmp_path/'out'
+    for made in (False, True):
+        if made: shards_from_folder(a, out, progress=False)
+        out.mkdir(exist_ok=True)
+        (out/name).write_bytes(b'mine')
+        before = contents(out)
+        for folder in (a, b):
+            said = refused(capsys, 'data', 'shards', folder, out, *replace)
+            is_of_another = made and folder == b and not replace
+            assert (f'holds the shards of {a}; ' if is_of_another else name) in said and contents(out) == before
+        (out/name).unlink()
+
+def test_replace_removes_what_its_manifest_lists(tmp_path, capsys):
+    "A shard that somebody exchanged is not the one that was written."
+    a, b, out = photos(tmp_path/'a', 12), photos(tmp_path/'b', 4, start=40), tmp_path/'out'
+    shards_from_folder(a, out, per_shard=5, progress=False)
+    assert set(json.loads((out/'train.json').read_text())['shards']) == {f'train-{k:06d}.tar' for k in range(3)}
+    (out/'train-000002.tar').write_bytes(b'mine')
+    before = contents(out)
+    for words in ((a, out), (b, out, '--replace'), (a, out, '--replace')):
+        assert 'train-000002.tar: has 4 bytes' in refused(capsys, 'data', 'shards', *words) or words == (a, out)
+        assert contents(out) == before
+    (out/'train-000002.tar').rename(tmp_path/'mine.tar')
+    assert shards_from_folder(a, out, per_shard=5, progress=False)['images'] == 12 # made again
+    shards_from_folder(b, out, replace=True, progress=False)
+    assert set(contents(out)) == {'train-000000.tar', 'train.json'} and len(open_source('shards', str(out))) == 4
+
+def test_a_shard_that_was_not_finished_yet_belongs_to_nobody(tmp_path, monkeypatch):
+    "A program was stopped after one shard of three; somebody puts a file where the second would be."
+    a, out = photos(tmp_path/'a'), tmp_path/'out'
+    calls = []
+    downscale = writing.downscale
+    def stopping(*args):
+        calls.append(args)
+        if len(calls) == 8: raise KeyboardInterrupt
+        return downscale(*args)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(writing, 'downscale', stopping)
+        shards_from_folder(a, out, per_shard=5, progress=False)
+    (out/'train-000001.tar').write_bytes(b'mine')
+    for replace in (False, True):
+        with pytest.raises(DataError, match='other making, train-000001.tar'): shards_from_folder(a, out, per_shard=5,
+            progress=False, replace=replace)
+    assert (out/'train-000001.tar').read_bytes() == b'mine'
+
+def test_manifests_of_the_first_edition(tmp_path):
+    "They list nothing, may lack the classes, and are gone on from and replaced as before."
+    a, out = photos(tmp_path/'a'), tmp_path/'out'
+    shards_from_folder(a, out, per_shard=5, progress=False)
+    d = json.loads((out/'train.json').read_text())
+    for k in ('shards', 'left_out', 'classes'): del d[k]
+    (out/'train.json').write_text(json.dumps(d))
+    (out/'train-000001.tar').unlink()
+    before = contents(out)
+    assert shards_from_folder(a, out, per_shard=5, progress=False)['images'] == 12
+    assert {k: v for k, v in contents(out).items() if k in before and k != 'train.json'} == {
+        k: v for k, v in before.items() if k != 'train.json'}
+    assert set(json.loads((out/'train.json').read_text())['shards']) == {f'train-{k:06d}.tar' for k in range(3)}
+    shards_from_folder(a, out, max_side=20, progress=False, replace=True)
+    assert set(contents(out)) == {'train-000000.tar', 'train.json'}
+
+def test_two_splits_share_a_folder(tmp_path, capsys):
+    out, folders = tmp_path/'out', {s: photos(tmp_path/s, start=k) for s, k in (('train', 0), ('test', 40))}
+    for split in ('train', 'test', 'train', 'test'):
+        assert verb(capsys, 'data', 'shards', folders[split], out, '--split', split)[0] == 0
+    assert verb(capsys, 'data', 'scenes', out, '--images', '2', '--side', '16', '--split', 'test', '--replace')[0] == 0
+    assert set(contents(out)) == {f'{s}{e}' for s in ('train', 'test') for e in ('.json', '-000000.tar')}
+    assert len(opened(out)[0]) == 12 and len(opened(out, split='test')[0]) == 2
