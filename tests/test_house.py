@@ -102,8 +102,6 @@ LARGE = { # functions that may be larger: module.name -> why
     'probes.fit_linear': 'the settings of a solver, which papers report one by one',
     'probes.linear_probe': 'features and labels of two splits, and the settings of `fit_linear`',
     'figure_files.save_figure': 'what a figure consists of, and what its provenance consists of',
-    'writing.shards_from_scenes': 'the options of `jepa_nb data scenes`',
-    'sets.shards_from_public': 'the options of `jepa_nb data NAME`',
 }
 
 
