@@ -188,7 +188,7 @@ def eval_command(run, words, train_data, test_data, out, poolings, sets, only, n
         for pooling in poolings or [cfg.condition]:
             pooled = replace(cfg, condition=pooling)
             name = pooling if isinstance(pooling, str) else '-'.join(map(str, pooling or ()))
-            path = out.format(condition=name) if out and poolings else out
+            path = out.replace('{condition}', name) if out and poolings else out
             probe = lambda path: evaluate(opened.subject, *images, pooled, path, labels, progress=sys.stderr.isatty())
             print_probe(*write_result(path, opened.wanted, images, probe))
 
@@ -217,9 +217,9 @@ def write_sets(
 )->dict:          # name of the set -> result and where it is
     "Evaluate on several sets, and write the results where they displace nothing else."
     from jepa_nb.results import keep_result
-    if out: return {k: (r, out.format(set=k)) for k, r in make(out).items()}
+    if out: return {k: (r, out.replace('{set}', k)) for k, r in make(out).items()}
     with tempfile.TemporaryDirectory(prefix='.tmp-eval-', dir=run) as d:
-        found = make(d.replace('{', '{{').replace('}', '}}')+'/{set}.json')
+        found = make(d+'/{set}.json')
         place = lambda k: keep_result(Path(d)/f'{k}.json', Path(run)/'eval'/f'{k}.json', {})
         return {k: (r, place(k)) for k, r in found.items()}
 
@@ -280,7 +280,7 @@ def ranks_command(run, words, train_data, test_data, out, tier):
     scores, own, words = split_words(words, 'ranks', 'eval')
     ranks, cfg = make_ranks({}, scores), make_eval({}, own)
     opened = Opened(run, words, 'ranks', (train_data, test_data), None)
-    opened.check_halves()
+    opened.check_halves(cfg.hold_out, may_hold_out=True)
     wanted = opened.wanted
     if wanted.name != 'ranks.json': wanted = wanted.with_suffix('')/'ranks.json' # its probes go beside it
     with opened.lock:

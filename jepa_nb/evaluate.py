@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Subject', 'open_subject', 'subject_features', 'TaskFeatures', 'task_features', 'probe_features', 'evaluate',
-           'describe', 'summarise', 'write_answers', 'evaluate_sets', 'kept_checkpoints', 'step_of', 'has_part',
-           'score_checkpoint', 'rank_checkpoints']
+           'describe', 'describe_classes', 'summarise', 'write_answers', 'evaluate_sets', 'kept_checkpoints', 'step_of',
+           'has_part', 'score_checkpoint', 'rank_checkpoints']
 
 # %% ../nbs/43_evaluate.ipynb #934fac3f
 import io
@@ -33,10 +33,10 @@ from .heads import PROTOCOLS, head_probe
 from .images import DataError
 from .metrics import check_scores, lidar_config, rank_scores
 from .model import interpolate_pos_embed
-from .probes import knn, linear_probe, raw_pixels
+from .probes import dense_classes, knn, linear_probe, raw_pixels
 from .recipes import untrained_fingerprint
 from .stats import bootstrap
-from .tasks import keep_decoded, make_task, run_source
+from .tasks import class_name, keep_decoded, make_task, match_classes, run_source
 
 # %% ../nbs/43_evaluate.ipynb #44591839
 class Subject(NamedTuple):
@@ -92,12 +92,13 @@ def subject_features(
 class TaskFeatures(NamedTuple):
     "Both halves of a task, ready for a classifier; on the device."
     train_x:Tensor   # [i D d], or [i k d] of k views
-    train_y:Tensor   # [i] classes
+    train_y:Tensor   # [i] classes from 0 without gaps, see `dense_classes`
     test_x:Tensor    # [j D d]
     test_y:Tensor    # [j]
     test_ids:Tensor  # [j] numbers of the test images in their source
     views:int        # of every training image
     broken:int       # images that could not be decoded
+    class_ids:list   # of every class, its number in the training images' source
 
 def task_features(
     subject:Subject,   # of `open_subject`
@@ -118,7 +119,8 @@ def task_features(
     train_x, train_y, _ = (t.to(device) for t in kept)
     test_x, test_y, ids = (t.to(device) for t in tested)
     broken = len(train_ids)+len(test_ids)-len(train_y)-len(test_y)
-    return TaskFeatures(train_x, train_y, test_x, test_y, ids, len(views), broken)
+    train_y, test_y, class_ids = dense_classes(train_y, test_y)
+    return TaskFeatures(train_x, train_y, test_x, test_y, ids, len(views), broken, class_ids)
 
 def probe_features(
     f:TaskFeatures,    # of `task_features`
@@ -198,7 +200,19 @@ def describe(
     sizes = dict(
         images_seen=images_seen(subject.checkpoint) if is_run else 0, classes=int(f.train_y.max())+1,
         n_train=len(f.train_y), n_test=len(f.test_y), n_broken=f.broken)
-    return who | question | how | sizes
+    return who | question | how | sizes | describe_classes(task, cfg)
+
+def describe_classes(
+    task,            # of `make_task`
+    cfg:EvalConfig,  # resolved
+)->dict:
+    "Classes that one half of a task lacks, by name, and what became of test images of such classes: their number."
+    (train, _, y), (test, _, test_y) = task
+    name = lambda k: class_name(train, int(k)) if cfg.target == 'label' else int(k)
+    counts = lambda ks: {str(name(k)): int((test_y == k).sum()) for k in ks}
+    named = cfg.target == 'label' and cfg.hold_out is None
+    return dict(not_tested=[name(k) for k in np.setdiff1d(y, test_y)], counted_wrong=counts(np.setdiff1d(test_y, y)),
+                left_out={str(k): n for k, n in match_classes(train, test).only_test.items()} if named else {})
 
 def summarise(
     subject:Subject,      # of `open_subject`
@@ -228,8 +242,8 @@ def write_answers(
 ):
     "Write a result, and the answers per image beside it; the JSON last."
     answers = io.BytesIO()
-    np.savez_compressed(answers, correct=correct, knn_correct=neighbours, labels=f.test_y.cpu().numpy(),
-                        index=f.test_ids.cpu().numpy())
+    labels = np.array(f.class_ids, np.int64)[f.test_y.cpu().numpy()]
+    np.savez_compressed(answers, correct=correct, knn_correct=neighbours, labels=labels, index=f.test_ids.cpu().numpy())
     write_atomic(Path(out).with_suffix('.npz'), answers.getvalue())
     write_atomic(out, json.dumps(result, indent=1)+'\n')
 
@@ -251,12 +265,16 @@ def evaluate_sets(
         if key not in opened: opened[key] = run_source(data, cfg, split)
         return opened[key]
     def halves(name, s):
+        if not s.data and not s.hold_out and (s.train is None) != (s.test is None):
+            given, other = ('train', 'test') if s.test is None else ('test', 'train')
+            raise DataError(f"{name}: {given}={getattr(s, given)} and no {other}: other images would stand for it; "
+                            f"{other}, data or hold_out says which are meant")
         try: return source(s.train or s.data or train, 'train'), None if s.hold_out else source(s.test or s.data
             or test, 'test')
         except DataError as e: raise DataError(f'{name}: {e}') from None
     images = {name: halves(name, s) for name, s in sets.items()}
-    return {name: evaluate(run, *images[name], s.evaluation(), out.format(set=name), (labels or {}) | dict(set=name),
-                           progress)
+    return {name: evaluate(run, *images[name], s.evaluation(), out.replace('{set}', name),
+                           (labels or {}) | dict(set=name), progress)
             for name, s in sets.items()}
 
 # %% ../nbs/43_evaluate.ipynb #b6143423
@@ -331,7 +349,7 @@ def rank_checkpoints(
                          knn=p['knn_chosen'], **scores, sha256=p['checkpoint_sha256']))
     result = dict(
         run=recipe.run.name, norm=recipe.encoder.norm_out, seed=recipe.run.seed, tier=(labels or {}).get('tier'),
-        data=short_path(train.name), test=short_path(test.name), n_train=p['n_train'], n_test=p['n_test'],
+        data=short_path(train.name), test=short_path((test or train).name), n_train=p['n_train'], n_test=p['n_test'],
         masks=recipe.masks.label,
         rank_images=min(ranks.rank_images, len(train)), lidar_images=ranks.lidar_images, lidar_views=ranks.lidar_views,
         views='crops' if lidar_config(recipe).scale.kind == 'crop' else 'sizes', dim=recipe.encoder.dim,

@@ -25,7 +25,8 @@ from .images import MAX_PIXELS, BadImage, DataError, image_size, one_line
 from .recipes import check_data
 from .images import IMAGE_ENDINGS
 from .shards import MAX_RATIO, group_samples, max_unpacked, read_label, split_name, walk_tar
-from .sources import Source, check_path, is_remote, open_source, shard_files
+from .paths import check_path, is_remote, shard_files
+from .sources import Source, open_source
 
 # %% ../nbs/14_streams.ipynb #1e5d3577
 def shard_order(
