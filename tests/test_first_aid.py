@@ -36,9 +36,10 @@ from jepa_nb.images import DataError
 from jepa_nb.recipes import ConfigError, load_config, make_config, save_config
 from jepa_nb.results import result_file
 from jepa_nb.sets import shards_from_digits
-from jepa_nb.shards import tar_members, write_shard
+from jepa_nb.shards import write_shard
 from jepa_nb.sources import open_source
 from jepa_nb.streams import Stream, open_data, read_shard
+from jepa_nb.tars import tar_members
 from jepa_nb.train import train
 from jepa_nb.writing import make_shards, shards_from_scenes
 
