@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from .figure_files import COMMITTED, tier_of
-from .files import RunError, repo_path, repo_root, short_path, weights_file
+from .files import RunError, check_writable, repo_path, repo_root, short_path, weights_file, writing
 from .sources import data_fingerprint
 
 # %% ../nbs/44_results.ipynb #6888aca5
@@ -194,12 +194,13 @@ def keep_result(
 )->Path:                 # where it is now
     "Move a result to its place, or to the next number where one of other settings is there."
     new = json.loads(made.read_text()) | about
-    made.write_text(json.dumps(new, indent=1)+'\n')
     path, why = free_name(wanted, new, with_all)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files = made.parent.iterdir() if with_all else made.parent.glob(f'{made.stem}.*')
-    for f in sorted(files, key=lambda f: f == made): # the JSON last
-        os.replace(f, path.parent/(path.stem+f.suffix if f.stem == made.stem else f.name))
+    with writing(path):
+        made.write_text(json.dumps(new, indent=1)+'\n')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files = made.parent.iterdir() if with_all else made.parent.glob(f'{made.stem}.*')
+        for f in sorted(files, key=lambda f: f == made): # the JSON last
+            os.replace(f, path.parent/(path.stem+f.suffix if f.stem == made.stem else f.name))
     if why: print(f'{why}; this result is in {path}', file=sys.stderr)
     return path
 
@@ -211,6 +212,7 @@ def write_result(
     with_all:bool=False, # see `keep_result`
 )->tuple[dict,Path|None]: # the result and where it is
     "Evaluate, and write the result where it displaces nothing else."
+    if out or wanted: check_writable(out or wanted) # before hours of work
     if out or wanted is None: return make(out), out
     run = next(p for p in wanted.parents if p.name == 'eval').parent
     about = dict(train=short_path(images[0].name), sizes=[s and data_fingerprint(s) for s in images])

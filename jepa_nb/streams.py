@@ -24,7 +24,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from .images import MAX_PIXELS, BadImage, DataError, image_size, one_line
 from .recipes import check_data
 from .images import IMAGE_ENDINGS
-from .shards import MAX_RATIO, group_samples, max_unpacked, read_label, split_name, walk_tar
+from .shards import MAX_RATIO, group_samples, max_unpacked, read_label, split_name
+from .tars import walk_tar
 from .paths import check_path, is_remote, shard_files
 from .sources import Source, open_source
 
