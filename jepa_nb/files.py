@@ -131,7 +131,7 @@ def new_folder(
 ):
     """Yield a temporary folder that takes the name `folder` once every file in it is on the disk.
     Raises RunError where it cannot be written, and leaves `folder` as it was."""
-    folder = Path(os.path.realpath(folder)) # a link stays a link
+    named, folder = folder, Path(os.path.realpath(folder)) # a link stays a link
     tmp = folder.parent/f'.tmp-{folder.name}'
     try:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -141,7 +141,7 @@ def new_folder(
         _sync(tmp)
         _take_place(tmp, folder)
         _sync(folder.parent)
-    except (OSError, SafetensorError) as e: raise _cannot_write(folder, e) from None
+    except (OSError, SafetensorError) as e: raise _cannot_write(named, e) from None
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/02_files.ipynb #c0f11e06
