@@ -282,6 +282,13 @@ def set_aside_damaged(
         if checkpoint_step(c) > step and is_only_checkpoint(c):
             warn(f"WARNING: {c}: is damaged and the run goes on from step {step}; kept as {_rename_old(c)}")
 
+def _remove(folder):
+    "Remove a checkpoint. It loses its name first, so that a process that is killed meanwhile leaves no half of one."
+    doomed = folder.with_name(f'.tmp-{folder.name}')
+    try: os.rename(folder, doomed)
+    except OSError: return # it stays; a save does not fail over an old checkpoint
+    shutil.rmtree(doomed, ignore_errors=True)
+
 def save_checkpoint(
     run:Path,                  # run folder
     jepa:JEPA,                 # weights
@@ -300,7 +307,7 @@ def save_checkpoint(
         write_json(tmp/'state.json', dict(state, check=state_checksum(state)))
     _verified[folder.resolve()] = _stamp(folder)
     for old in expired_checkpoints(run, state['step'], cfg.run.keep, cfg.run.keep_at):
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     return folder
 
 # %% ../nbs/33_checkpoint.ipynb #b9fc34f1
