@@ -75,12 +75,17 @@ def move_aside(
     from jepa_nb.files import checkpoint_folders
     from jepa_nb.files import RunError
     from jepa_nb.recipes import ConfigError, load_config
-    from jepa_nb.train import check_same_config, check_same_start
+    from jepa_nb.sources import data_fingerprint
+    from jepa_nb.streams import open_data
+    from jepa_nb.train import check_same_config, check_same_data, check_same_start
     if not checkpoint_folders(run): return
     with run_lock(run):
         try:
             folder, state = newest_checkpoint(run) # verified, as the one that training would go on from
-            check_same_config(run, load_config(folder/'config.yaml'), cfg)
+            old = load_config(folder/'config.yaml')
+            check_same_config(run, old, cfg)
+            if old.data.path != cfg.data.path:
+                check_same_data(run, old, cfg, state['data'], data_fingerprint(open_data(cfg.data)))
             if start is not None: check_same_start(run, state.get('begun_from'), start)
             if state['step'] <= cfg.run.steps: return
         except (RunError, ConfigError): pass

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .figure_files import COMMITTED, tier_of
 from .files import RunError, check_writable, repo_path, repo_root, short_path, weights_file, writing
-from .sources import data_fingerprint
+from .sources import size_fingerprint
 
 # %% ../nbs/44_results.ipynb #6888aca5
 def _seeds(home:Path, name:str)->list[Path]:
@@ -215,7 +215,7 @@ def write_result(
     if out or wanted: check_writable(out or wanted) # before hours of work
     if out or wanted is None: return make(out), out
     run = next(p for p in wanted.parents if p.name == 'eval').parent
-    about = dict(train=short_path(images[0].name), sizes=[s and data_fingerprint(s) for s in images])
+    about = dict(train=short_path(images[0].name), sizes=[s and size_fingerprint(s) for s in images])
     with tempfile.TemporaryDirectory(prefix='.tmp-eval-', dir=run) as d:
         r = make(Path(d)/wanted.name)
         return r, keep_result(Path(d)/wanted.name, wanted, about, with_all)
