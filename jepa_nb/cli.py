@@ -21,7 +21,7 @@ from pathlib import Path
 import click
 import yaml
 
-from .cli_eval import depth_command, eval_command, ranks_command, read_run_config, refuse
+from .cli_eval import depth_command, eval_command, ranks_command, read_run_config, refuse, show_log
 from .launch import ASKS, die_with_parent, join_job_lock
 
 # %% ../nbs/76_cli.ipynb #887ebd27
@@ -354,6 +354,7 @@ def main(
     "The command `jepa_nb`."
     os.environ.setdefault('DATA', 'data') # what paths in recipes begin with
     warnings.formatwarning = lambda message, *place, **line: f'jepa_nb: {message}\n'
+    show_log()
     try: code = cli.main(words, prog_name='jepa_nb', standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as e: code = click.echo(e.format_message()) or 2
     except click.NoSuchOption as e: code = click.echo(f'jepa_nb: {explain_option(e)}', err=True) or 2

@@ -35,6 +35,8 @@ from .metrics import check_scores, lidar_config, rank_scores
 from .model import interpolate_pos_embed
 from .probes import dense_classes, knn, linear_probe, raw_pixels
 from .recipes import untrained_fingerprint
+from .result_files import place_result
+from .sources import data_fingerprint
 from .stats import bootstrap
 from .tasks import class_name, keep_decoded, make_task, match_classes, run_source
 
@@ -186,7 +188,9 @@ def describe(
         seed=recipe.run.seed if recipe else 0, untrained=untrained_fingerprint(recipe) if recipe
         and not is_run else None)
     question = dict(
-        tier=labels.get('tier'), set=labels.get('set'), data=short_path(task[1][0].name), target=cfg.target,
+        tier=labels.get('tier'), set=labels.get('set'), data=short_path(task[1][0].name),
+        train=short_path(task[0][0].name),
+        images=[data_fingerprint(s) for s in dict.fromkeys(s for s, *_ in task)], target=cfg.target,
         cuts=(cfg.cuts if isinstance(cfg.cuts, str) else list(cfg.cuts)) if cfg.target == 'dist' else None,
         hold_out=cfg.hold_out)
     how = dict(
@@ -240,11 +244,12 @@ def write_answers(
     neighbours:np.ndarray,# [D j] bool, which k-NN gets right
     f:TaskFeatures,       # of `task_features`
 ):
-    "Write a result, and the answers per image beside it; the JSON last."
+    "Write a result, and the answers per image beside it; the JSON last. Other results stay, see `place_result`."
     answers = io.BytesIO()
     labels = np.array(f.class_ids, np.int64)[f.test_y.cpu().numpy()]
     np.savez_compressed(answers, correct=correct, knn_correct=neighbours, labels=labels, index=f.test_ids.cpu().numpy())
-    write_atomic(Path(out).with_suffix('.npz'), answers.getvalue())
+    out = place_result(out, result)
+    write_atomic(out.with_suffix('.npz'), answers.getvalue())
     write_atomic(out, json.dumps(result, indent=1)+'\n')
 
 # %% ../nbs/43_evaluate.ipynb #9608e31c
@@ -355,5 +360,5 @@ def rank_checkpoints(
         views='crops' if lidar_config(recipe).scale.kind == 'crop' else 'sizes', dim=recipe.encoder.dim,
         conditioned=ranks.conditioned and recipe.condition.kind != 'none', eval=p['eval'], checkpoints=rows,
         seconds=round(time.time()-start, 1))
-    if out is not None: write_atomic(out, json.dumps(result, indent=1)+'\n')
+    if out is not None: write_atomic(place_result(out, result, ()), json.dumps(result, indent=1)+'\n')
     return result

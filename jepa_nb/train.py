@@ -39,7 +39,8 @@ from .loader import loader
 from .metrics import check_scores, collapse, rank_scores, rankme
 from .optim import beta_at, lr_at, make_optimizer, weight_decay_at
 from .recipes import ConfigError, load_config, save_config
-from .sources import data_differences, data_fingerprint, expand_path, is_remote, is_size_fingerprint
+from .paths import expand_path, is_remote
+from .sources import data_differences, data_fingerprint, is_size_fingerprint
 from .streams import open_data
 
 # %% ../nbs/35_train.ipynb #5b009399
