@@ -108,18 +108,15 @@ def match_classes(
     left_out = {n: int((y == k).sum()) for k, n in b.items() if n in only_test}
     return ClassMatch(out, sorted(only_train, key=str), dict(sorted(left_out.items(), key=lambda e: str(e[0]))))
 
-def report_classes(
-    match:ClassMatch,
-    train, # source that is fitted to
-    test,  # source that is tested on
-):
+def report_classes(match:ClassMatch, test):
     "Warn of classes that only one half has, with their names."
     if match.only_test:
         n = sum(match.only_test.values())
-        warnings.warn(f"{test.name}: {n} test images are left out, since {train.name} has no image of their class: "
+        warnings.warn(f"{test.name}: {n} test images are left out, since no training image is of their class: "
                       f"{_show(match.only_test)}", stacklevel=3)
     if match.only_train:
-        warnings.warn(f"{test.name}: has no image of {_show(match.only_train)}, which {train.name} has", stacklevel=3)
+        warnings.warn(f"{test.name}: no test image is of {_show(match.only_train)}, of which there are training images",
+                      stacklevel=3)
 
 # %% ../nbs/42_tasks.ipynb #85c6aed7
 def read_metadata(
@@ -160,7 +157,7 @@ def task_labels(
             _names(sources[0])
             return [np.asarray(sources[0].labels)]
         match = match_classes(*sources)
-        report_classes(match, *sources)
+        report_classes(match, sources[1])
         return [np.asarray(sources[0].labels), match.labels]
     name = TARGETS[target]
     values = [read_metadata(s, name) for s in sources]
