@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CACHE_BYTES', 'LOG', 'FIRST_TEST_SCENE', 'CONTENT_SAMPLES', 'CONTENT_BYTES', 'DecodedCache', 'Source',
-           'read_class_names', 'join_classes', 'ShardSource', 'sample_metadata', 'sample_extras', 'FolderSource',
-           'SceneSource', 'size_fingerprint', 'data_fingerprint', 'is_size_fingerprint', 'data_differences',
-           'open_source']
+           'read_class_names', 'name_labels', 'join_classes', 'ShardSource', 'sample_metadata', 'sample_extras',
+           'FolderSource', 'SceneSource', 'size_fingerprint', 'data_fingerprint', 'is_size_fingerprint',
+           'data_differences', 'open_source']
 
 # %% ../nbs/13_sources.ipynb #934c06c3
 import io
@@ -16,6 +16,7 @@ import os
 import re
 import unicodedata
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +25,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .files import read_json, sha256
-from .folders import divide_passed, index_files, scan_folder
+from .folders import index_files, scan_folder
 from .images import UNREADABLE, BadImage, DataError, image_size, one_line, open_pillow, to_rgb
 from .layered import scene_sizes
 from .paths import check_path, expand_path, is_remote, shard_files
 from .scenes import scene_classes, scene_sample
-from jepa_nb.shards import (
-    SAMPLE_PARTS, cached_index, file_state, parse_metadata, plain_tar, shard_index, summarize_skipped,
-)
+from .samples import check_skipped, parse_metadata, summarize_skipped
+from .shards import SAMPLE_PARTS, cached_index, file_state, plain_tar, shard_index
 
 # %% ../nbs/13_sources.ipynb #89ad656a
 CACHE_BYTES = 10**9 # data sets of at most this many decoded bytes are kept in memory
@@ -63,6 +63,7 @@ LOG = logging.getLogger('jepa_nb')
 
 class Source:
     "Images by number. Sizes, labels and keys are known at once; pixels are read when they are asked for."
+    passed = () # (path, reason) of files that are not tried
     class_trouble = None # why names of classes cannot be given to the labels, where some but not all have one
     def __init__(self,
         name:str,                    # where the images come from, for messages
@@ -99,6 +100,10 @@ class Source:
             if self.decoded is not None: self.decoded[i] = x
         return x
 
+    def check_skipped(self, share:float): # of the images, as `data.max_skipped`
+        "Raise DataError where more than a share of the images cannot be used."
+        check_skipped(self.name, len(self), [reason for _, reason in (*self.skipped, *self.passed)], share)
+
     def summary(self)->str:
         "One line that says how many images there are, of how many classes, and from where."
         known = np.unique(self._labels[self._labels >= 0])
@@ -111,16 +116,22 @@ class Source:
 
     def sample(self, i:int)->dict:
         "One Sample: image [3 H W] uint8, label, key, and whatever else the data has."
-        known = dict(label=int(self.labels[i]), key=self.keys[i])
+        known = dict(label=int(self._labels[i]), key=self.keys[i])
         return dict(image=self.image(i).permute(2, 0, 1), **known, **self.extras(i))
 
 # %% ../nbs/13_sources.ipynb #284c4354
-def _warn_skipped(name, skipped):
-    "Warn once about everything in a shard or folder that cannot be used."
-    if not skipped: return
-    example = ': '.join(s for s in skipped[-1] if s)
-    text = f"{len(skipped)} skipped, {'' if len(skipped) == 1 else 'e.g. '}{example}"
-    warnings.warn(f"{name}: {text}", stacklevel=4)
+def _warn_skipped(name, skipped, faults=(), notes=None):
+    "Warn once about everything in shards or in a folder that is not used, or is used in another way than usual."
+    parts = []
+    if len(skipped) == 1: parts.append(f"1 skipped, {': '.join(s for s in skipped[0] if s)}")
+    if len(skipped) > 1:
+        reasons = summarize_skipped(reason for _, reason in skipped)
+        parts.append(f"{len(skipped)} skipped, e.g. {': '.join(s for s in skipped[-1] if s)} ({reasons})")
+    if faults:
+        parts.append(f"{len(faults)} label{'s' if len(faults) > 1 else ''} that evaluation will refuse, "
+                     f"e.g. {': '.join(faults[0])}")
+    parts += [f'{n} {text}' for text, n in (notes or {}).items()]
+    if parts: warnings.warn(f"{name}: {'; '.join(parts)}", stacklevel=4)
 
 # %% ../nbs/13_sources.ipynb #6e3515a0
 def read_class_names(
@@ -141,6 +152,21 @@ def read_class_names(
     if not is_ours or not isinstance(classes, list) or not classes: return None
     if not all(isinstance(c, str) for c in classes): return None
     return [unicodedata.normalize('NFC', c) for c in classes]
+
+def name_labels(
+    indices:list[dict], # of shards, see `index_tar`
+)->tuple[list[np.ndarray],list[str]|None]: # of each [i] int64, -1 unknown; names of the classes, None for numbers only
+    "Labels as numbers. Where some are names, all are, `3` too, and they are numbered in alphabetical order."
+    labels = [d['labels'] for d in indices]
+    if not any(d['label_names'] for d in indices): return labels, None
+    numbers = [np.unique(y[y >= 0]).tolist() for y in labels]
+    classes = sorted({str(k) for ks in numbers for k in ks}.union(*(d['label_names'] for d in indices)))
+    number, out = {c: k for k, c in enumerate(classes)}, []
+    for d, y, ks in zip(indices, labels, numbers):
+        of_names = np.array([number[c] for c in d['label_names']]+[-1], np.int64)[d['named']] # -1 is the last
+        of_numbers = np.array([number[str(k)] for k in ks]+[-1], np.int64)[np.searchsorted(ks, y)]
+        out.append(np.where(y >= 0, of_numbers, of_names))
+    return out, classes
 
 def join_classes(
     paths:list[Path],         # shards
@@ -167,19 +193,33 @@ class ShardSource(Source):
         name:str,              # for messages
         cache:str|bool='auto', # see `Source`
     ):
-        indices, keys, skipped = [], [], []
+        indices, keys, skipped, self.faults, notes = [], [], [], [], Counter()
         for p in tqdm(paths, desc=f'index {name}', disable=None, leave=False, delay=1):
-            indices.append(shard_index(p))
-            _warn_skipped(p, indices[-1]['skipped'])
-            keys += indices[-1]['keys']
-            skipped += [(f'{p.name}: {k}' if k else p.name, reason) for k, reason in indices[-1]['skipped']]
-        if not keys: raise DataError(': '.join([f'{name}: no images in it', *(skipped or [()])[0]]))
+            index = shard_index(p)
+            indices.append(index)
+            keys += index['keys']
+            skipped += [(f'{p.name}: {k}' if k else p.name, reason) for k, reason in index['skipped']]
+            self.faults += [(f'{p}: {k}', reason) for k, reason in index['faults']]
+            notes.update(index['notes'])
+        if not keys:
+            found = [': '.join(skipped[0])] if skipped else []
+            raise DataError('; '.join([f'{name}: no images in it', *found, *(f'{n} {k}' for k, n in notes.items())]))
+        _warn_skipped(name, skipped, self.faults, notes)
         joined = lambda k: np.concatenate([d[k] for d in indices])
         self.shards, self.tars, self.files = paths, [plain_tar(p) for p in paths], {}
         self.shard = np.repeat(np.arange(len(paths)), [len(d['keys']) for d in indices]) # [i] which shard has image i
         self.spans = joined('at') # [i 4 2] offset and size of SAMPLE_PARTS
-        labels, classes, self.class_trouble = join_classes(paths, [d['labels'] for d in indices])
+        labels, classes = name_labels(indices)
+        if classes is None: labels, classes, self.class_trouble = join_classes(paths, labels)
         super().__init__(name, joined('sizes'), np.concatenate(labels), keys, cache, skipped, classes)
+
+    @property
+    def labels(self): # [i] int64, -1 unknown
+        "The class of every image. DataError where one has a label that cannot be used."
+        if self.faults:
+            more = f'; so are {len(self.faults)-1} others' if len(self.faults) > 1 else ''
+            raise DataError(f"{': '.join(self.faults[0])}{more}; evaluation by class needs every label or none")
+        return self._labels
 
     def __getstate__(self): return dict(super().__getstate__(), files={})
     def location(self, i:int)->str: return f'{self.shards[self.shard[i]]}: {self.keys[i]}' # for messages
@@ -238,7 +278,8 @@ def sample_extras(
         z = z.astype(np.float32) / (1000 if z.dtype.kind in 'iu' else 1) # integers are mm, 0 is unknown
         out['depth'] = torch.from_numpy(np.where(z > 0, z, np.float32('nan')))
     if objects: out['objects'] = torch.from_numpy(_read_map(objects, sample, size, 'objects').astype(np.uint8))
-    return out | sample_metadata(metadata, sample)
+    try: return out | sample_metadata(metadata, sample)
+    except DataError: return out # a json that is none is no reason to refuse an image
 
 # %% ../nbs/13_sources.ipynb #608f83c5
 class FolderSource(Source):
@@ -249,8 +290,7 @@ class FolderSource(Source):
         cache:str|bool='auto', # see `Source`
         split:str|None=None,   # the half that is meant, where the folder holds halves
     ):
-        folder, files, labels, classes, passed = scan_folder(folder, split)
-        self.passed, self.others = divide_passed(passed)
+        folder, files, labels, classes, self.passed, self.others = scan_folder(folder, split)
         states = [file_state(os.path.join(folder, f)) for f in files]
         index = cached_index(states, lambda: index_files(folder, files))
         keep, skipped, self.folder = index['keep'], index['skipped'], Path(folder)
@@ -258,8 +298,8 @@ class FolderSource(Source):
         if not len(keep): raise DataError(f"{folder}: none of {len(files)} images is one, {': '.join(skipped[0])}")
         super().__init__(str(folder), index['sizes'], labels[keep], [files[i] for i in keep], cache, skipped,
                          classes or None)
-        if passed:
-            reasons = summarize_skipped(reason for _, reason in passed)
+        if self.passed or self.others:
+            reasons = summarize_skipped(reason for _, reason in (*self.passed, *self.others))
             warnings.warn(f'{folder}: {len(self)} images; passed over: {reasons}', stacklevel=3)
 
     def location(self, i:int)->str: return str(self.folder/self.keys[i]) # for messages

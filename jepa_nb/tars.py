@@ -46,7 +46,7 @@ def _read_header(head, said):
     info = tarfile.TarInfo.frombuf(head, 'utf-8', 'surrogateescape')
     if info.type not in EXTENDED:
         for k, v in said.items(): setattr(info, k, v)
-        if info.type in EMPTY: info.size = 0
+        if info.type in EMPTY and 0 <= info.size <= MAX_MEMBER: info.size = 0 # of a link, stated by some programs
     return info
 
 def _refuse_header(info, start, end, chain):

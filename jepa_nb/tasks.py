@@ -85,7 +85,9 @@ def match_classes(
     have = [bool(getattr(s, 'classes', None)) for s in (train, test)]
     if have[0] != have[1] or all(have) and set(a.values()) != set(b.values()):
         numbers = [_as_numbers(names) for names in (a, b)]
-        if None not in numbers: a, b = numbers
+        if None not in numbers:
+            a, b = numbers
+            warnings.warn(f"{train.name}, {test.name}: names of classes that are numbers are compared as numbers")
         elif have[0] != have[1]:
             named, bare = ((train, a), (test, b)) if have[0] else ((test, b), (train, a))
             raise DataError(f"{named[0].name} has classes with names, {_show(named[1].values())}; {bare[0].name} has "
