@@ -19,7 +19,6 @@ import warnings
 from pathlib import Path
 
 import click
-import yaml
 
 from .cli_eval import depth_command, eval_command, ranks_command, read_run_config, refuse
 from .launch import ASKS, die_with_parent, join_job_lock
@@ -113,9 +112,9 @@ def yaml_value(
     name:str, # of the parameter
     text:str, # as given
 ):
-    "A parameter's value, read as YAML. Raises CliError."
-    try: return yaml.safe_load(text)
-    except yaml.YAMLError as e: refuse(f"{name}: {text!r} is not YAML: {' '.join(str(e).split())}")
+    "A parameter's value, read as YAML. Raises ConfigError."
+    from jepa_nb.recipes import parse_yaml
+    return parse_yaml(text, f'-p {name}')
 
 def private_kernel(
     folder:str, # empty, for the kernel's files
@@ -301,10 +300,10 @@ def convert_command(source, out, **kw):
 def reproduce_command(tier, cores, folder, seed, committed, dry, more):
     "Run the graph of a tier: data, runs, evaluations, figures, report. Words after -- go to Snakemake."
     from jepa_nb.launch import graph_environment, print_dry_run, run_graph, snakemake_command
-    from jepa_nb.tiers import check_images, in_clone, read_tier
+    from jepa_nb.tiers import check_images, in_clone, read_tier, tier_file
     in_clone()
     die_with_parent()
-    settings = read_tier(f'params/{tier}.yaml')
+    settings = read_tier(tier_file(tier))
     if seed and committed:
         refuse(f"--seed {seed}: committed checkpoints have the seeds that they were trained with; leave it out")
     if not (dry or committed): check_images(settings['data'], folder)

@@ -20,7 +20,8 @@ def _no_bool(v):
     "Reject booleans: pydantic would read `true` as 1."
     if isinstance(v, bool): raise ValueError(f"should be a number, not {str(v).lower()}")
     return v
-Int, Real = (Annotated[t, BeforeValidator(_no_bool)] for t in (int, float))
+Int      = Annotated[int, Field(ge=-2**63, lt=2**63), BeforeValidator(_no_bool)]
+Real     = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_bool)]
 Count    = Annotated[Int, Field(ge=1)]           # at least one
 Whole    = Annotated[Int, Field(ge=0)]           # zero or more
 Positive = Annotated[Real, Field(gt=0, allow_inf_nan=False)]
@@ -47,8 +48,8 @@ class DataConfig:
     "The images to train on."
     kind:Literal['scenes', 'shards', 'folder']='scenes' # scenes: rendered procedurally, nothing is downloaded
     path:str|None=None   # shards: .tar files, as a glob, brace pattern or URL; folder: a folder of images
-    images:Count=4000    # scenes: number of images
-    side:Count=64        # scenes: longest side, pixels
+    images:Annotated[Count, Field(le=10**9)]=4000 # scenes: number of images
+    side:Annotated[Count, Field(le=4096)]=64      # scenes: longest side, pixels
     seed:Seed=0          # scenes: seed of the renderer
     replace:bool=True    # draw images with replacement, without end; False: each image once per epoch (FN §8.2)
     workers:Whole=0      # loader processes; for local data the images drawn do not depend on it
@@ -274,7 +275,7 @@ class RunConfig:
     matmul:Literal['highest', 'high', 'medium']='medium'
     compile:bool=False        # torch.compile
     checkpointing:bool=False  # of activations: recompute blocks in the backward pass; a third more work, less memory
-    threads:Annotated[int, Field(ge=0, le=1024)]=0 # CPU threads; sums depend on their number. 0: torch's choice
+    threads:Annotated[Int, Field(ge=0, le=1024)]=0 # CPU threads; sums depend on their number. 0: torch's choice
     log_every:Count=20        # updates between lines of the log
     save_every:Count=500      # updates between checkpoints
     keep:Count=2              # newest checkpoints that are kept
@@ -283,7 +284,7 @@ class RunConfig:
     rank_every:Whole=0        # updates between the four rank scores (`metrics`), a multiple of log_every; 0: never
     rank_images:Count=25_600  # images for RankMe, at most (Garrido 2023)
     lidar_images:Count=1000   # images for LiDAR (Thilak 2023)
-    lidar_views:Annotated[int, Field(ge=2)]=50 # views of each of them
+    lidar_views:Annotated[Int, Field(ge=2)]=50 # views of each of them
 
     def __post_init__(self):
         if self.rank_every%self.log_every:
