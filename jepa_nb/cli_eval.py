@@ -135,7 +135,7 @@ def read_sets_of(
     from jepa_nb.recipes import parse_yaml, read_yaml
     from jepa_nb.tiers import read_sets
     where = '--sets' if given.lstrip().startswith('{') else given
-    sets = parse_yaml(given, where) if where == '--sets' else read_yaml(given, aliases=True)
+    sets = parse_yaml(given, '--sets:') if where == '--sets' else read_yaml(given, aliases=True)
     if isinstance(sets, dict) and ('tier' in sets or set(sets) == {'ood'}): sets = sets.get('ood') or {}
     if not isinstance(sets,
                       dict) or not set(sets)-{'runs'}: refuse(f"{where}: names no data sets; a tier has them under ood")

@@ -142,9 +142,7 @@ class SettingsLoader(yaml.SafeLoader):
             if re.match(r'[-+]?0[0-9]', text):
                 self.refuse(f'{text} begins with 0: in quotes it is a text, without the 0 a number', node.start_mark)
             return int(text, 0)
-        value = float(text.replace('.inf', 'inf').replace('.nan', 'nan'))
-        if not math.isfinite(value): self.refuse(f'{node.value} is no finite number', node.start_mark)
-        return value
+        return float(text.replace('.inf', 'inf').replace('.nan', 'nan')) # each setting says whether it may be infinite
 
 class TierLoader(SettingsLoader):
     "The same with anchors, aliases and merges, which keep long files of tiers short."
@@ -167,18 +165,18 @@ TierLoader.yaml_constructors = SettingsLoader.yaml_constructors
 # %% ../nbs/03_recipes.ipynb #5adf7c25
 def parse_yaml(
     text:str,              # YAML
-    where:str,             # what an error names first: a file, an option
+    where:str,             # what an error begins with: 'recipe.yaml:' or "run.steps: '[1'"
     aliases:bool=False,    # whether anchors, aliases and merges may be used
-):                         # texts, finite numbers, booleans, None, lists, and mappings whose keys are texts
+):                         # texts, numbers, booleans, None, lists, and mappings whose keys are texts
     "Read YAML. Raises ConfigError, with the line, for what settings do not need; in bounded time and memory."
-    if len(text) > MAX_YAML: raise ConfigError(f"{where}: over {MAX_YAML//1000} kB, which no file of settings has")
+    if len(text) > MAX_YAML: raise ConfigError(f"{where} over {MAX_YAML//1000} kB, which no file of settings has")
     try: return yaml.load(text, TierLoader if aliases else SettingsLoader)
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         at = f'line {mark.line+1}, column {mark.column+1}: ' if mark else ''
-        raise ConfigError(f"{where}: not YAML as settings use it: {at}{' '.join(str(e.problem).split())}") from None
+        raise ConfigError(f"{where} is not YAML that settings use: {at}{' '.join(str(e.problem).split())}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as e: # a control character
-        raise ConfigError(f"{where}: not YAML: {' '.join(str(e).split())}") from None
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(e).split())}") from None
 
 def read_yaml(
     path:str|Path,      # a file of settings
@@ -190,7 +188,7 @@ def read_yaml(
         with open(path, 'rb') as f: data = f.read(MAX_YAML+1)
     except OSError as e: raise ConfigError(f"{path}: cannot be read: {e.strerror}") from None
     if len(data) > MAX_YAML: raise ConfigError(f"{path}: over {MAX_YAML//1000} kB, which no file of settings has")
-    try: return parse_yaml(data.decode('utf-8-sig'), str(path), aliases)
+    try: return parse_yaml(data.decode('utf-8-sig'), f'{path}:', aliases)
     except UnicodeDecodeError as e: raise ConfigError(f"{path}: is not UTF-8: {e.reason} at byte {e.start}") from None
 
 def yaml_word(
@@ -238,10 +236,9 @@ def parse_overrides(overrides)->dict:
     for text in overrides:
         name, eq, value = text.partition('=')
         if not eq: raise ConfigError(f"{shown(text)} is not of the form name=value, e.g. run.steps=2000")
-        try: d = parse_yaml(value, 'value')
-        except ConfigError as e:
-            quoted = f"{shown(name)[1:-1]}='\"...\"'"
-            raise ConfigError(f"{shown(text)}: the {e}; in quotes it is a text: {quoted}") from None
+        shown_name = printable(name.strip(), 80)
+        try: d = parse_yaml(value, f'{shown_name}: {shown(value)}')
+        except ConfigError as e: raise ConfigError(f"{e}; in quotes it is a text: {shown_name}='\"...\"'") from None
         keys = name.strip().split('.')
         if len(keys) > 3: raise ConfigError(f"{shown(name)}: no such setting; names are like masks.window")
         for key in reversed(keys): d = {key:d}

@@ -117,7 +117,8 @@ def check_parameter(
     if not is_like: raise CliError(f"{figure}: {name} should be {wanted}, such as {default!r}, not {shown(value)}")
     least = 0 if default == 0 or name in ('moved', 'warm') else 1
     if kind is int and value < least: raise CliError(f"{figure}: {name} should be {least} or more, not {value}")
-    if kind is int and value >= 2**31: raise CliError(f"{figure}: {name} should be below {2**31}, not {shown(value)}")
+    if kind in (int, float) and not abs(value) < 2**31:
+        raise CliError(f"{figure}: {name} should be below {2**31}, not {shown(value)}")
 
 # %% ../nbs/70_tiers.ipynb #1be4bb02
 EVAL_KEYS = [*EvalConfig.__dataclass_fields__, 'released', 'show'] # today's names, and those of the first edition

@@ -5,7 +5,7 @@
     python tests/fuzz.py --only tar image         # some targets
     python tests/fuzz.py FILE ...                 # inputs that were saved, e.g. tests/corpus/*
 
-A finding is an exception that is no refusal, a result that breaks a law, a call of more than 20 seconds or 400 MB. New
+A finding is an exception that is no refusal, a result that breaks a law, a call of more than 60 seconds or 400 MB. New
 ones are printed with target, seed and number, and their input is saved (--save, default fuzz-found/). An input of
 another commit is worth keeping in tests/corpus: tests/test_fuzz.py reads all of them. `make` of a target draws an input
 (bytes, or what JSON can hold), `check` tries it; both are functions, and property-based tests use the same checks."""
@@ -43,7 +43,7 @@ from jepa_nb.tiers import CliError
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = ROOT/'tests/corpus'
-SECONDS, MEGABYTES = 20, 400 # of one input
+SECONDS, MEGABYTES = 60, 400 # of one input
 RECIPES = sorted(p.name for p in (ROOT/'params/train').glob('*.yaml'))
 
 

@@ -1,6 +1,7 @@
 """What runs again when something changes, and what a kill leaves. The jobs are stubs; the graph, the launcher and
 make are the real ones."""
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -133,6 +134,31 @@ def test_only_what_depends_on_it_runs_again(finished, tmp_path, change):
     do, want = CHANGES[change]
     do(folder)
     assert plan(folder) == want
+
+
+def test_an_edited_figure_is_said_and_drawn_again(finished, tmp_path):
+    "A CSV that somebody edits, or weights that are exchanged, change no date that the graph looks at."
+    folder = tmp_path/'tree'
+    shutil.copytree(finished, folder)
+    csv, about = folder/'figures/tiny/a.csv', folder/'figures/tiny/a.json'
+    drawn = csv.read_bytes()
+    csv.write_text('method,acc\nours,99\n')
+    os.utime(csv, (1e9, 1e9))
+    weights = folder/'figures/tiny/kept/model.safetensors'
+    weights.parent.mkdir()
+    weights.write_bytes(b'others')
+    kept = folder/'figures/tiny/b.json'
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | dict(checkpoints={'figures/tiny/kept': '0'*64})))
+    r = make(folder, 'dry')
+    said = ' '.join(r.stderr.split())
+    assert 'a: a.csv was changed after the figure was drawn' in said and re.search(r'^figure +1 ', r.stdout, re.M)
+    assert 'b: the weights of figures/tiny/kept are not those that it was drawn from' in said
+    r = make(folder, 'reproduce')
+    assert r.returncode == 0 and 'a.csv was changed after the figure was drawn: it is drawn again' in r.stderr
+    assert csv.read_bytes() == drawn and 'the weights of figures/tiny/kept' in ' '.join(r.stderr.split())
+    assert plan(folder) == {}
+    about.write_text('{"tier": ')
+    assert 'a.json is no JSON' in make(folder, 'dry').stderr
 
 
 def test_depth_heads(tmp_path):
