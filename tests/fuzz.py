@@ -1,14 +1,14 @@
-"""Random inputs for everything that reads what other people made: settings, tiers, shards, images, folders, plans, masks.
+"""Random inputs for everything that reads what other people made: settings, shards, images, folders, plans and masks.
 
     python tests/fuzz.py                          # a few seconds over all targets
     python tests/fuzz.py --minutes 60 --seed 3    # an hour; other seeds give other inputs
     python tests/fuzz.py --only tar image         # some targets
     python tests/fuzz.py FILE ...                 # inputs that were saved, e.g. tests/corpus/*
 
-A finding is an exception that is no refusal, a result that breaks a law, a call of more than 60 seconds or 400 MB. New
-ones are printed with target, seed and number, and their input is saved (--save, default fuzz-found/). An input of
-another commit is worth keeping in tests/corpus: tests/test_fuzz.py reads all of them. `make` of a target draws an input
-(bytes, or what JSON can hold), `check` tries it; both are functions, and property-based tests use the same checks."""
+A finding is an exception that is no refusal, a result that breaks a law, or a call that takes more than 20 seconds
+of the processor or 400 MB. New ones are printed with target, seed and number, and their input is saved (--save, default
+fuzz-found/). What was found and mended is kept in tests/corpus, which tests/test_fuzz.py tries again. `make` of a
+target draws an input (bytes, or what JSON can hold), `check` tries it; property-based tests use the same checks."""
 import argparse
 import contextlib
 import gzip
@@ -43,7 +43,7 @@ from jepa_nb.tiers import CliError
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = ROOT/'tests/corpus'
-SECONDS, MEGABYTES = 60, 400 # of one input
+SECONDS, WAIT, MEGABYTES = 20, 300, 400 # of one input: of the processor, by the clock; memory
 RECIPES = sorted(p.name for p in (ROOT/'params/train').glob('*.yaml'))
 
 
@@ -128,8 +128,10 @@ def make_yaml(rng):
 
 def invented_yaml(rng):
     "A text in which YAML's features are thrown together."
-    parts = ('&a', '*a', '<<: *a', '[', ']', '{', '}', ', ', ': ', '- ', '? ', '\n', '\n  ', '\n    ', '!!set ', '!x ', '|',
-             '>', '%YAML 1.2', '---', '...', '"', "'", '\t', '#', '\r', '\0', '\ufeff', '\u2028', '\x85', 'run', 'steps',
+    parts = ('&a', '*a', '<<: *a', '[', ']', '{', '}', ', ', ': ', '- ', '? ', '\n', '\n  ', '\n    ', '!!set ',
+    '!x ', '|',
+             '>', '%YAML 1.2', '---', '...', '"', "'", '\t', '#', '\r', '\0', '\ufeff', '\u2028', '\x85', 'run',
+             'steps',
              'masks', 'base', 'tier', *VALUES)
     text = ''.join(rng.choice(parts) for _ in range(rng.choice((3, 10, 40, 200))))
     if rng.random() < .1: text = rng.choice(('[', '{a: ', '- ', '? ', '!!x ', '&a '))*rng.choice((30, 3000, 100_000))
@@ -159,7 +161,8 @@ def make_tree(rng):
     def tree(depth):
         k = rng.random()
         if depth == 0 or k < .3:
-            return rng.choice((None, 1, 0, -1, 2**70, 'x', '', [], {}, True, 1.5, 1e400, 'nan', '9'*30, rng.choice(NAMES)))
+            return rng.choice((None, 1, 0, -1, 2**70, 'x', '', [], {}, True, 1.5, 1e400, 'nan',
+            '9'*30, rng.choice(NAMES)))
         if k < .4: return [tree(depth-1) for _ in range(rng.randrange(4))]
         return {rng.choice((*NAMES, 'run', 'data', 'masks', 'base', 'authors_code', 'eval', 'side', 'cuts', 'target',
                             'condition', 'steps', 'epochs', 'step_images', 'epoch_images', '', 'a.b', '\n', '<<')):
@@ -180,7 +183,8 @@ def check_tree(d, folder):
 def make_tier(rng):
     "A tier with some entries replaced."
     tier = yaml.safe_load((ROOT/'params'/rng.choice(('smoke.yaml', 'quick.yaml', 'paper.yaml'))).read_text())
-    odd = (None, 0, -1, 2**70, 1e400, 'x', '', "it's; $(x)", '../x', 'a b', 'a\nb', 'x'*300, [], {}, [1], [0, 0], [2**70],
+    odd = (None, 0, -1, 2**70, 1e400, 'x', '', "it's; $(x)", '../x', 'a b', 'a\nb', 'x'*300, [], {}, [1], [0, 0],
+    [2**70],
            True, 1.5, dict(a=1), [[1, 1]], ['fn_ln'], 'fn_ln', [None], {'1': None}, '$DATA/x')
     tier = json.loads(json.dumps(tier))
     for _ in range(rng.choice((1, 1, 2, 5))):
@@ -244,8 +248,9 @@ def make_tar(rng):
     for _ in range(rng.choice((0, 1, 1, 2))): # a field of a header
         at = rng.randrange(len(b)//512)*512
         start, n = FIELDS[rng.choice(list(FIELDS))]
-        value = rng.choice((b'', b'\0'*n, b'7'*n, b'-1', b' '*n, b'\x80'+bytes(n-9)+struct.pack('>Q', 2**rng.randrange(64))
-                            if n > 8 else b'L', b'\xff'*n, rng.randbytes(n), b'x', b'g', b'L', b'1', b'5'))[:n]
+        large = b'\x80'+bytes(3)+struct.pack('>Q', 2**rng.randrange(64)) # a size of 64 bits
+        value = rng.choice((b'', b'\0'*n, b'7'*n, b'-1', b' '*n, large, b'\xff'*n, rng.randbytes(n), *b'xgL15'))
+        value = bytes((value,)) if isinstance(value, int) else value[:n]
         b[at+start:at+start+n] = value.ljust(n, b'\0')
     if rng.random() < .6: b = bytearray(mutated(rng, b))
     if rng.random() < .7:
@@ -320,7 +325,8 @@ def check_image(data, folder):
 
 def make_folder(rng):
     "A tree of files: pairs of path and kind."
-    words = ('a', 'b', 'train', 'val', 'test', 'images', 'é', unicodedata.normalize('NFD', 'é'), 'a b', '[x]', '{y}', '~',
+    words = ('a', 'b', 'train', 'val', 'test', 'images', 'é', unicodedata.normalize('NFD', 'é'), 'a b', '[x]', '{y}',
+    '~',
              '.hidden', '$HOME', "it's", '2021', '-', 'x;y', 'A', 'ß', '\ud800')
     names = ('0.jpg', '1.JPG', '2.png', '3.webp', 'x.txt', '.4.jpg', '5.jpeg', 'jpg', 'a.jpg.part', 'ü.jpg', '6.tif')
     kinds = ('file', 'file', 'file', 'file', 'empty', 'folder', 'dead link', 'loop', 'link')
@@ -398,7 +404,11 @@ def check_plan(case, folder=None):
     "Nothing is lost or comes twice, no row is too full, and a plan goes on from any of its states."
     cfg, sizes, draws = recipes.make_config(case['settings']), np.array(case['sizes'], np.int32), case['draws']
     draws *= cfg.masks.contexts
-    plans = list(packing.Planner(sizes, cfg, cfg.run.seed, draws=draws))
+    planner = packing.Planner(sizes, cfg, cfg.run.seed, draws=draws)
+    try: plans = list(planner)
+    except ConfigError as e: # grids that are no squares are known only then
+        assert cfg.scale.kind != 'crop', f'accepted, and refused in the middle: {e}'
+        raise
     rows = [row for plan in plans for row in plan.rows]
     assert sorted(i.draw for row in rows for i in row) == list(range(draws)), 'an image is lost or comes twice'
     image, context, target = packing.row_slots(cfg)
@@ -496,10 +506,11 @@ def peak_megabytes(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/
 
 def attempt(name, value):
     "Try one input. None, or the finding: (where, text)."
-    def stop(*_): raise TooSlow(f'over {SECONDS} s')
+    def stop(number, frame): raise TooSlow(f'over {SECONDS} s' if number == signal.SIGPROF else f'waits for {WAIT} s')
     target, before = TARGETS[name], peak_megabytes()
-    old = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    old = {k: signal.signal(k, stop) for k in (signal.SIGALRM, signal.SIGPROF)}
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, WAIT)
     try:
         with tempfile.TemporaryDirectory(prefix='fuzz') as folder, warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -512,8 +523,8 @@ def attempt(name, value):
         where = f'{Path(inside[-1].filename).name}:{inside[-1].name}' if inside else 'a law of tests/fuzz.py'
         return f'{name} {type(e).__name__} {where}', ' '.join(str(e).split())[:300]
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, old)
+        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL): signal.setitimer(timer, 0)
+        for k, handler in old.items(): signal.signal(k, handler)
     grown = peak_megabytes()-before
     if grown > MEGABYTES: return f'{name} memory', f'{grown:.0f} MB'
 
