@@ -8,7 +8,6 @@ __all__ = ['name_option', 'tier_option', 'refuse', 'read_run_config', 'Opened', 
            'ranks_command', 'print_scores']
 
 # %% ../nbs/75_cli_eval.ipynb #bf6ab6c6
-import re
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -121,7 +120,8 @@ def read_pooling(text:str):
     "`4,4` as kernel and stride; `off` as it is. Raises BadParameter."
     if text == 'off': return text
     numbers = text.split(',')
-    if len(numbers) == 2 and all(re.fullmatch('[1-9][0-9]{0,5}', v) for v in numbers): return tuple(map(int, numbers))
+    if len(numbers) == 2 and all(v.isascii() and v.isdigit() and len(v) < 7 and int(v) for v in numbers):
+        return tuple(map(int, numbers))
     raise click.BadParameter(f"{text[:80]}: kernel and stride in patches would do, e.g. 4,4; or off",
                              param_hint='--condition')
 

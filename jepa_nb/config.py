@@ -275,7 +275,7 @@ class RunConfig:
     matmul:Literal['highest', 'high', 'medium']='medium'
     compile:bool=False        # torch.compile
     checkpointing:bool=False  # of activations: recompute blocks in the backward pass; a third more work, less memory
-    threads:Annotated[Int, Field(ge=0, le=1024)]=0 # CPU threads; sums depend on their number. 0: torch's choice
+    threads:Annotated[int, Field(ge=0, le=1024)]=0 # CPU threads; sums depend on their number. 0: torch's choice
     log_every:Count=20        # updates between lines of the log
     save_every:Count=500      # updates between checkpoints
     keep:Count=2              # newest checkpoints that are kept
@@ -284,7 +284,7 @@ class RunConfig:
     rank_every:Whole=0        # updates between the four rank scores (`metrics`), a multiple of log_every; 0: never
     rank_images:Count=25_600  # images for RankMe, at most (Garrido 2023)
     lidar_images:Count=1000   # images for LiDAR (Thilak 2023)
-    lidar_views:Annotated[Int, Field(ge=2)]=50 # views of each of them
+    lidar_views:Annotated[int, Field(ge=2)]=50 # views of each of them
 
     def __post_init__(self):
         if self.rank_every%self.log_every:

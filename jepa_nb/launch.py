@@ -25,7 +25,6 @@ from pathlib import Path
 
 import click
 
-from .figure_files import stale_figures
 from .progress import Progress, duration, parse_job, plan_lines, last_lines, wall_seconds, wrap_text
 from .tiers import CliError, missing_path, read_tier, scenes_folder
 
@@ -305,12 +304,14 @@ def edited_figures(
     tier:str, # its name
 )->dict[str,list[str]]: # reasons by file, to be drawn again
     "Figures of a tier whose CSV or PNG is not the one that they were drawn with."
+    from jepa_nb.figure_files import stale_figures # which imports matplotlib
     folder = Path(f'figures/{tier}')
     found = {k: [x for x in why if x.startswith(f'{k}.')] for k, why in stale_figures(folder, Path()).items()}
     return {f'{folder}/{k}.png': why for k, why in found.items() if why}
 
 def print_stale_figures(tier:str):
     "Print which figures of a tier are not what their JSON says."
+    from jepa_nb.figure_files import stale_figures
     for name, why in stale_figures(Path(f'figures/{tier}'), Path()).items():
         click.echo('\n'.join(wrap_text(f"{name}: {'; '.join(why)}", 'stale   ')), err=True)
 
