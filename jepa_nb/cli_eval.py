@@ -16,7 +16,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import click
-import yaml
 
 # %% ../nbs/75_cli_eval.ipynb #3651e3e9
 def refuse(
@@ -134,8 +133,9 @@ def read_pooling(text:str):
     "`4,4` as kernel and stride; `off` as it is. Raises BadParameter."
     if text == 'off': return text
     numbers = text.split(',')
-    if len(numbers) == 2 and all(v.isdigit() and int(v) for v in numbers): return tuple(map(int, numbers))
-    raise click.BadParameter(f"{text}: kernel and stride in patches would do, e.g. 4,4; or off",
+    if len(numbers) == 2 and all(v.isascii() and v.isdigit() and len(v) < 7 and int(v) for v in numbers):
+        return tuple(map(int, numbers))
+    raise click.BadParameter(f"{text[:80]}: kernel and stride in patches would do, e.g. 4,4; or off",
                              param_hint='--condition')
 
 def read_sets_of(
@@ -145,11 +145,10 @@ def read_sets_of(
 )->dict:       # SetConfig by name
     """The data sets of a tier's file, of a file that holds nothing else, or of a mapping. Raises CliError or
     ConfigError."""
+    from jepa_nb.recipes import parse_yaml, read_yaml
     from jepa_nb.tiers import read_sets
     where = '--sets' if given.lstrip().startswith('{') else given
-    if where == given and not Path(given).is_file(): refuse(f"{given}: no such file")
-    try: sets = yaml.safe_load(given if where == '--sets' else Path(given).read_text())
-    except yaml.YAMLError as e: refuse(f"{where}: not YAML: {' '.join(str(e).split())}")
+    sets = parse_yaml(given, '--sets:') if where == '--sets' else read_yaml(given, aliases=True)
     if isinstance(sets, dict) and ('tier' in sets or set(sets) == {'ood'}): sets = sets.get('ood') or {}
     if not isinstance(sets,
                       dict) or not set(sets)-{'runs'}: refuse(f"{where}: names no data sets; a tier has them under ood")
