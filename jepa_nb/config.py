@@ -20,7 +20,8 @@ def _no_bool(v):
     "Reject booleans: pydantic would read `true` as 1."
     if isinstance(v, bool): raise ValueError(f"should be a number, not {str(v).lower()}")
     return v
-Int, Real = (Annotated[t, BeforeValidator(_no_bool)] for t in (int, float))
+Int      = Annotated[int, Field(ge=-2**63, lt=2**63), BeforeValidator(_no_bool)]
+Real     = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_bool)]
 Count    = Annotated[Int, Field(ge=1)]           # at least one
 Whole    = Annotated[Int, Field(ge=0)]           # zero or more
 Positive = Annotated[Real, Field(gt=0, allow_inf_nan=False)]
@@ -47,8 +48,8 @@ class DataConfig:
     "The images to train on."
     kind:Literal['scenes', 'shards', 'folder']='scenes' # scenes: rendered procedurally, nothing is downloaded
     path:str|None=None   # shards: .tar files, as a glob, brace pattern or URL; folder: a folder of images
-    images:Count=4000    # scenes: number of images
-    side:Count=64        # scenes: longest side, pixels
+    images:Annotated[Count, Field(le=10**9)]=4000 # scenes: number of images
+    side:Annotated[Count, Field(le=4096)]=64      # scenes: longest side, pixels
     seed:Seed=0          # scenes: seed of the renderer
     replace:bool=True    # draw images with replacement, without end; False: each image once per epoch (FN §8.2)
     max_skipped:Beta=.1  # share of the images that may be unusable when data is opened; more ends the job

@@ -170,7 +170,7 @@ def multiplies_bfloat16(device:torch.device)->bool:
 def setup_precision(
     cfg:Config,          # `run.threads`, `run.matmul` and `run.dtype`
     device:torch.device, # that the run uses
-)->dict:                 # device, dtype, threads, matmul, matmul_error, torch, python
+)->dict:                 # device, dtype, threads, processes, matmul, matmul_error, torch, python
     "Set threads and precision of products, and return what was set, for the log."
     if cfg.run.threads: torch.set_num_threads(cfg.run.threads)
     torch.set_float32_matmul_precision(cfg.run.matmul)
@@ -180,6 +180,7 @@ def setup_precision(
         warnings.warn("this CPU does bfloat16 products in software, many times slower than float32; "
                       "run.dtype=mixed chooses by what the CPU has")
     return dict(device=device.type, dtype='bfloat16' if low else 'float32', threads=torch.get_num_threads(),
+                processes=dist.get_world_size() if dist.is_initialized() else 1,
                 matmul=cfg.run.matmul, matmul_error=matmul_error(device), torch=torch.__version__,
                 python=platform.python_version())
 

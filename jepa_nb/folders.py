@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .images import UNREADABLE, DataError, image_size, one_line
 from .images import IMAGE_ENDINGS
-from .samples import is_junk, summarize_skipped
+from .samples import UNREAD_ENDINGS, is_junk, summarize_skipped
 
 # %% ../nbs/13_folders.ipynb #86c54eba
 SYSTEM_FILES = frozenset(('thumbs.db', 'desktop.ini', 'picasa.ini'))
@@ -52,6 +52,12 @@ def _walk_images(folder, passed):
             reason = _passed_reason(path, n, endings)
             if reason is None: yield relative(path)
             elif reason: passed.append((relative(path), reason))
+
+def _divide_passed(passed):
+    "Those that are images or would be, and all others, such as notes and lists of labels."
+    is_image = lambda reason: not reason.startswith(('.', 'without', 'folders ', 'links to folders')) or (
+        reason[1:] in UNREAD_ENDINGS or reason == 'folders that cannot be read')
+    return [p for p in passed if is_image(p[1])], [p for p in passed if not is_image(p[1])]
 
 # %% ../nbs/13_folders.ipynb #7a11b922
 SPLITS = dict(train=('train', 'training'), val=('val', 'valid', 'validation'), test=('test', 'testing'))
@@ -134,7 +140,8 @@ class FolderListing(NamedTuple):
     files:list[str]     # relative paths, sorted
     labels:np.ndarray   # [i] int64, -1 without a class
     classes:list[str]   # names of the classes, sorted, NFC
-    passed:list[tuple[str,str]] # (relative path, reason) of what is not read
+    passed:list[tuple[str,str]] # (relative path, reason) of images that are not read
+    others:list[tuple[str,str]] # of everything else, such as lists of labels and folders of thumbnails
 
 def _half_names(folder, layout, split):
     "The name of the folders that are meant by a half. DataError where there is none, or two."
@@ -185,7 +192,8 @@ def scan_folder(
     classes = sorted(set(names)-{None})
     number = {c: n for n, c in enumerate(classes)}
     labels = np.array([number.get(n, -1) for n in names], np.int64)
-    return FolderListing(os.path.join(folder, below) if below else folder, files, labels, classes, passed)
+    where = os.path.join(folder, below) if below else folder
+    return FolderListing(where, files, labels, classes, *_divide_passed(passed))
 
 def list_folder(
     folder:str|Path, # images, or a sub-folder of images for each class

@@ -21,12 +21,14 @@ import numpy as np
 from braceexpand import braceexpand
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .images import IMAGE_ENDINGS, MAX_PIXELS, BadImage, DataError, image_size, one_line
+from .images import MAX_PIXELS, BadImage, DataError, image_size, one_line
 from .recipes import check_data
+from .images import IMAGE_ENDINGS
 from .samples import group_samples, read_label, split_name
 from .shards import MAX_RATIO, max_unpacked
 from .tars import walk_tar
-from .sources import Source, check_path, is_remote, open_source, shard_files
+from .paths import check_path, is_remote, shard_files
+from .sources import Source, open_source
 
 # %% ../nbs/14_streams.ipynb #1e5d3577
 def shard_order(
