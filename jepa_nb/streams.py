@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAUSES', 'OPENING_TIME', 'FINAL', 'STALLED', 'MAX_IMAGE', 'MAX_JSON', 'MAX_GAP', 'MAX_BREAKS', 'PATIENCE',
-           'MAX_SHARDS', 'shard_order', 'EncodedImage', 'open_stream', 'read_shard', 'Stream', 'StreamReader',
-           'open_data']
+           'shard_order', 'EncodedImage', 'open_stream', 'read_shard', 'Stream', 'StreamReader', 'open_data']
 
 # %% ../nbs/14_streams.ipynb #bc4837eb
 import gzip
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from braceexpand import UnbalancedBracesError, braceexpand
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .images import MAX_PIXELS, BadImage, DataError, image_size, one_line
@@ -30,7 +28,7 @@ from .recipes import check_data
 from jepa_nb.shards import (
     IMAGE_ENDINGS, MAX_MEMBER, MAX_RATIO, group_samples, max_unpacked, read_label, split_name, walk_tar,
 )
-from .sources import Source, check_path, is_remote, open_source, shard_files
+from .sources import Source, check_path, expand_braces, is_remote, open_source, shard_files
 
 # %% ../nbs/14_streams.ipynb #1e5d3577
 def shard_order(
@@ -237,7 +235,6 @@ def read_shard(
 
 # %% ../nbs/14_streams.ipynb #b0a71827
 PATIENCE = (60., 600.) # seconds in which a stream may give nothing: at its beginning, and later
-MAX_SHARDS = 10**6     # that a pattern may name
 
 class Stream(IterableDataset):
     "Shards that can only be read from beginning to end; yields EncodedImage (FN §8.2)."
@@ -252,7 +249,8 @@ class Stream(IterableDataset):
     ):
         paths = [path] if isinstance(path, (str, Path)) else list(path)
         for p in paths: check_path('shards', p)
-        self.urls = [u for p in paths for u in (_urls(p) if is_remote(p) else map(str, shard_files(p, 'train')))]
+        expand = lambda p: expand_braces(str(p)) if is_remote(p) else map(str, shard_files(p, 'train'))
+        self.urls = [u for p in paths for u in expand(p)]
         self.name, self.seed, self.replace, self.shuffle = str(paths[0]), seed, replace, shuffle
         self.rank, self.world, self.epochs = rank, world, epochs
         self.skipped = [] # (sample, reason) of what this process could not use
@@ -276,14 +274,6 @@ class Stream(IterableDataset):
         "The error for a stream of which `empty` shards gave nothing."
         last = ': '.join(self.skipped[-1]) if self.skipped else 'empty'
         return DataError(f"{self.name}: nothing readable in {empty} of {len(self.urls)} shards, lastly {last}")
-
-def _urls(pattern):
-    "The URLs that a pattern with braces names."
-    try: urls = list(islice(braceexpand(str(pattern)), MAX_SHARDS+1))
-    except UnbalancedBracesError:
-        raise DataError(f"{pattern}: a brace is not closed; a pattern is https://host/train-{{000..099}}.tar") from None
-    if len(urls) > MAX_SHARDS: raise DataError(f"{pattern}: names more than {MAX_SHARDS} shards")
-    return urls
 
 # %% ../nbs/14_streams.ipynb #3eae0ea3
 def _tag(image):
