@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JUNK_FOLDERS', 'UNREAD_ENDINGS', 'NO_IMAGE', 'SECOND', 'AUXILIARY', 'MAX_FILES', 'MAX_LABEL', 'is_junk', 'is_lost',
-           'summarize_skipped', 'check_skipped', 'split_name', 'ends_like_image', 'divide_sample', 'group_neighbours',
+           'summarize_skipped', 'check_skipped', 'split_name', 'is_photograph', 'divide_sample', 'group_neighbours',
            'group_samples', 'parse_metadata', 'parse_label', 'find_label', 'read_label']
 
 # %% ../nbs/12_samples.ipynb #5fa3a343
@@ -86,22 +86,19 @@ def split_name(
     if not m or any(is_junk(part) for part in folder.split('/') if part not in ('', '.', '..')): return None, None
     return folder+slash+m[1], m[2].lower()
 
-def ends_like_image(
-    ending:str, # as of `split_name`
+def is_photograph(
+    ending:str|None, # as of `split_name`
 )->bool:
-    "Whether an ending such as `jpg` or `left.jpg` is that of an image."
-    return ending.rpartition('.')[2] in IMAGE_ENDINGS
-
-def _other_images(parts):
-    "Those endings with dots that end like an image and are no depth map, mask or the like."
-    return [e for e in parts if '.' in e and ends_like_image(e) and not AUXILIARY & set(e.split('.')[:-1])]
+    "Whether an ending such as `jpg` or `left.jpg` is that of an image, and of no depth map, mask or the like."
+    *words, last = (ending or '').split('.')
+    return last in IMAGE_ENDINGS and AUXILIARY.isdisjoint(words)
 
 def divide_sample(
     key:str,    # up to the first dot
     parts:dict, # ending -> value
 )->list[tuple[str,dict]]: # (key, {ending: value}) of each
     "The samples that files with one key are, where there are dots in their names."
-    others = _other_images(parts)
+    others = [e for e in parts if '.' in e and is_photograph(e)]
     if not others: return [(key, parts)]
     has_image = any(e in IMAGE_ENDINGS for e in parts)
     stems = [e.rpartition('.')[0] for e in others]

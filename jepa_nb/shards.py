@@ -32,8 +32,7 @@ from PIL import Image
 from .files import WriteError, write_atomic, writing
 from .images import IMAGE_ENDINGS, UNREADABLE, DataError, image_size, one_line
 from jepa_nb.samples import (
-    AUXILIARY, NO_IMAGE, SECOND, UNREAD_ENDINGS, divide_sample, ends_like_image, find_label, group_neighbours, is_junk,
-    split_name,
+    NO_IMAGE, SECOND, UNREAD_ENDINGS, divide_sample, find_label, group_neighbours, is_junk, is_photograph, split_name,
 )
 from .tars import list_tar
 
@@ -134,7 +133,7 @@ def _locate_parts(parts, read):
 
 def _further_images(parts, used):
     "Endings of photographs that a sample holds beside the one that is read."
-    return [e for e in parts if e not in used and ends_like_image(e) and not AUXILIARY & set(e.split('.'))]
+    return [e for e in parts if e not in used and is_photograph(e)]
 
 APART = 'samples whose files stand apart (tar --sort=name puts them together, which a stream needs)'
 DOTS = 'samples with dots in their names'
@@ -163,7 +162,7 @@ def _count_unused(listing, skipped, notes):
     "Count files that are no part of a sample: links into `skipped`, and others into `notes`."
     for name, reason in listing.left_out:
         key, ending = split_name(name)
-        if key is not None and ends_like_image(ending): skipped.append((name, reason))
+        if key is not None and is_photograph(ending): skipped.append((name, reason))
     for name, *_ in listing.members:
         if name.endswith('/') or split_name(name)[0] is not None: continue
         is_hidden = any(is_junk(part) for part in name.split('/') if part not in ('', '.', '..'))

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,20 +14,28 @@ import tempfile
 import threading
 import time
 import warnings
+from itertools import islice
 
+import nbformat
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 from safetensors import SafetensorError
 
+import jepa_nb.loader
 from jepa_nb import locks, shards
 from jepa_nb.checkpoint import read_log, run_lock
-from jepa_nb.cli import is_refusal, main
+from jepa_nb.cli import is_refusal, main, run_notebook
+from jepa_nb.devices import StopSignals, worker_shutdown_guard
 from jepa_nb.files import LogFile, RunError, WriteError
+from jepa_nb.loader import loader, workers_that_fit
 from jepa_nb.locks import OwnerFile, file_lock, is_alive, lock_owner
-from jepa_nb.shards import write_shard
+from jepa_nb.recipes import make_config
+from jepa_nb.shards import write_shard, write_shards
 from jepa_nb.sources import open_source
+from jepa_nb.streams import Stream
 
 SITE = """
 import errno, os
@@ -398,3 +407,104 @@ def test_windows_is_one_line():
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=dict(os.environ,
                                                                                               PYTHONPATH=str(ROOT)))
     assert r.returncode == 1 and r.stderr.count('\n') == 1 and 'WSL' in r.stderr
+
+
+# ---- little shared memory
+
+def batches(data, cfg, workers, n=6):
+    "Batches and the warnings that came with them."
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        out = list(islice(loader(data, cfg, workers=workers), n))
+    return out, [str(w.message) for w in said if 'docker run --shm-size' in str(w.message)]
+
+
+def same(a, b):
+    tensors = lambda x: (*x.pack.image, *x.pack[1:], x.dataset_index)
+    return all(map(torch.equal, tensors(a), tensors(b))) and a.state == b.state
+
+
+@pytest.fixture(scope='module')
+def sources(tmp_path_factory):
+    "The same scenes by number and as a stream."
+    folder, scenes = tmp_path_factory.mktemp('shards'), open_source('scenes', images=60, side=40)
+    paths = write_shards(map(scenes.sample, range(60)), folder/'t-%d.tar', 20)
+    return scenes, Stream([str(p) for p in paths], shuffle=5)
+
+
+CFG = make_config(dict(scale=dict(max_side=8), encoder=dict(patch=4), pack=dict(rows=3)))
+
+
+@pytest.mark.parametrize('kind', [0, 1], ids=['local', 'stream'])
+def test_only_loader_processes_that_have_room_are_started(sources, kind, monkeypatch):
+    data = sources[kind]
+    usual, said = batches(data, CFG, 2)
+    assert not said
+    for free in (0, 2**16, 5*10**5):
+        monkeypatch.setattr(jepa_nb.loader, '_shared_bytes', lambda: free)
+        little, said = batches(data, CFG, 2)
+        assert len(said) == 1 and '2 loader processes need' in said[0] and all(map(same, usual, little))
+    monkeypatch.setattr(jepa_nb.loader, '_shared_bytes', lambda: 2**40)
+    assert workers_that_fit(CFG, 64, 3) == 64
+
+
+@pytest.mark.parametrize('kind', [0, 1], ids=['local', 'stream'])
+@pytest.mark.parametrize('error', [
+    RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader\'s workers '
+                 'are out of shared memory.'),
+    RuntimeError('unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)'),
+    OSError(errno.ENOSPC, 'No space left on device'),
+    BlockingIOError(errno.EAGAIN, 'Resource temporarily unavailable')],
+    ids=['killed', 'no object', 'no semaphore', 'no process'])
+def test_a_loader_that_fails_later_goes_on_in_this_process(sources, kind, error, monkeypatch):
+    "From the batch where it failed, so that nothing else changes."
+    data = sources[kind]
+    usual, _ = batches(data, CFG, 2)
+    class Failing(jepa_nb.loader.DataLoader):
+        def __iter__(self):
+            if not isinstance(error, RuntimeError): raise error
+            yield from islice(super().__iter__(), 3)
+            raise error
+    monkeypatch.setattr(jepa_nb.loader, 'DataLoader', Failing)
+    after, said = batches(data, CFG, 2)
+    assert len(said) == 1 and 'goes on alone' in said[0] and all(map(same, usual, after)) and len(after) == len(usual)
+
+
+@pytest.mark.skipif(subprocess.run(['unshare', '-rm', 'true'], stderr=subprocess.DEVNULL).returncode != 0
+                    if shutil.which('unshare') else True, reason='no right to mount')
+def test_training_in_64_kilobytes_of_shared_memory(tmp_path, photos):
+    words = ' '.join(map(str, train_words(photos, tmp_path/'run', 'data.workers=2', 'pack.rows=16', 'run.steps=2')))
+    r = subprocess.run(['unshare', '-rm', 'sh', '-c', 'mount -t tmpfs -o size=64k tmpfs /dev/shm && '
+                        f'{sys.executable} -m jepa_nb.cli {words}'], capture_output=True, text=True,
+                       env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    assert r.returncode == 0 and r.stderr.count('docker run --shm-size') == 1 and 'Traceback' not in r.stderr, r.stderr
+
+
+def test_a_loader_process_killed_elsewhere_is_one_line(tmp_path):
+    "Torch raises in the middle of an update, where the loader cannot catch it."
+    with pytest.raises(RunError, match='found no room in /dev/shm.*data.workers=0 does without, docker run --shm-size'):
+        with worker_shutdown_guard(tmp_path/'run', StopSignals()):
+            raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. ')
+
+
+# ---- other people's kernels
+
+def test_figures_run_in_this_python_whatever_python3_is_elsewhere(tmp_path, monkeypatch):
+    "A kernel spec of that name, as another environment leaves it in the user's folder, is not started."
+    spec = tmp_path/'jupyter/kernels/python3'
+    spec.mkdir(parents=True)
+    (spec/'kernel.json').write_text(json.dumps(dict(argv=['/bin/false', '{connection_file}'], display_name='other',
+                                                    language='python')))
+    monkeypatch.setenv('JUPYTER_PATH', str(tmp_path/'jupyter'))
+    monkeypatch.setenv('JUPYTER_DATA_DIR', str(tmp_path/'jupyter'))
+    cells = [nbformat.v4.new_code_cell('out = None', metadata=dict(tags=['parameters'])),
+             nbformat.v4.new_code_cell('import sys; open(out, "w").write(sys.executable)')]
+    notebook = tmp_path/'figure.ipynb'
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(
+        name='python3', display_name='Python 3', language='python'))), notebook)
+    for name in ('JUPYTER_RUNTIME_DIR', 'IPYTHONDIR'): monkeypatch.setenv(name, '') # set by `private_kernel`
+    run_notebook(notebook, dict(out=str(tmp_path/'python')), tmp_path/'logs/figure.ipynb')
+    assert (tmp_path/'python').read_text() == sys.executable
+    (tmp_path/'file').write_text('')
+    with pytest.raises(WriteError, match='file/figure.ipynb: cannot be written: '):
+        run_notebook(notebook, dict(out=str(tmp_path/'python')), tmp_path/'file/figure.ipynb')
