@@ -14,10 +14,12 @@ import jepa_nb.writing as writing
 from jepa_nb.cli import main
 from jepa_nb.config import DataConfig
 from jepa_nb.images import DataError
+from jepa_nb.recipes import make_config
 from jepa_nb.samples import check_skipped, is_lost, parse_label, split_name, summarize_skipped
 from jepa_nb.sources import open_source
 from jepa_nb.streams import Stream, open_data
 from jepa_nb.tars import list_tar
+from jepa_nb.train import train
 from jepa_nb.writing import shards_from_folder
 
 
@@ -32,6 +34,10 @@ def jpeg(seed=0, h=40, w=56, kind='jpeg', **kw):
     return f.getvalue()
 
 IMAGES = [jpeg(i) for i in range(12)]
+TINY = dict(data=dict(kind='shards'), scale=dict(min_side=2, max_side=6),
+            encoder=dict(patch=4, dim=16, depth=1, heads=2),
+            predictor=dict(dim=16, depth=1, heads=2), pack=dict(rows=2, context=64, target=96, pool=2),
+            optim=dict(warmup=1), run=dict(steps=2, log_every=1, threads=1, device='cpu'))
 
 def tar(path, members, form=tarfile.USTAR_FORMAT, end=True):
     "A tar of (name, bytes) and of (name, TarInfo attributes)."
@@ -233,6 +239,14 @@ def test_an_unusable_label_stops_evaluation_only(tmp_path, ending, bad):
     assert [r.label for r in Stream(str(path), replace=False, epochs=1, shuffle=0)][6:8] == [1, -1]
     again, said = opened(path) # from the cached index
     assert again.faults == s.faults and said
+
+def test_training_reads_no_label(tmp_path):
+    "From the verb to the last update, with every label unusable."
+    path = labelled(tmp_path/'a.tar', lambda i: b'{"label": [3, 7]}', 'json')
+    cfg = make_config(TINY, [f'data.path={path}'])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert (train(cfg, tmp_path/'run', progress=False)/'done.json').is_file()
 
 def test_labels_alone():
     for value, label in (('3', 3), (' -1 ', -1), ('3.', 3), (3.0, 3), ('1e3', '1e3'), ('n01440764', 'n01440764')):
