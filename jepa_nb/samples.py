@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JUNK_FOLDERS', 'UNREAD_ENDINGS', 'NO_IMAGE', 'SECOND', 'AUXILIARY', 'MAX_FILES', 'MAX_LABEL', 'is_junk', 'is_lost',
-           'summarize_skipped', 'check_skipped', 'split_name', 'is_photograph', 'divide_sample', 'group_neighbours',
-           'group_samples', 'parse_metadata', 'parse_label', 'find_label', 'read_label']
+           'count_reasons', 'summarize_skipped', 'check_skipped', 'split_name', 'is_photograph', 'divide_sample',
+           'group_neighbours', 'group_samples', 'parse_metadata', 'parse_label', 'find_label', 'read_label']
 
 # %% ../nbs/12_samples.ipynb #5fa3a343
 import json
@@ -40,20 +40,25 @@ def is_lost(
     "Whether a reason is that of an image that cannot be used, and not of a file that is none."
     return _LOST.match(reason) is not None
 
+def count_reasons(
+    reasons, # iterable of texts, one for each file that was left out
+)->dict[str,int]: # the most frequent first
+    "Count reasons. Those that differ in numbers only are counted as one, with N for the number."
+    counts, texts = Counter(), {}
+    for reason in reasons:
+        kind = re.sub(r'\d+', 'N', reason)
+        counts[kind] += 1
+        texts.setdefault(kind, set()).add(reason)
+    return {min(texts[k]) if len(texts[k]) == 1 else k: n for k, n in counts.most_common()}
+
 def summarize_skipped(
     reasons, # iterable of texts, one for each file that was left out
     most=6,  # reasons that are named
 )->str:
-    "Count reasons: `5 .heic, 3 links to nowhere`. Reasons that differ in numbers only are counted as one."
-    counts, texts = Counter(), {}
-    for reason in reasons:
-        kind = re.sub(r'\d+', '#', reason)
-        counts[kind] += 1
-        texts.setdefault(kind, set()).add(reason)
-    show = lambda k: min(texts[k]) if len(texts[k]) == 1 else k.replace('#', 'N')
-    named = [f'{n} {show(k)}' for k, n in counts.most_common(most)]
-    rest = sum(counts.values())-sum(n for _, n in counts.most_common(most))
-    return ', '.join(named+[f'{rest} for other reasons']*(rest > 0))
+    "Count reasons in one line: `5 .heic, 3 links to nowhere`."
+    counts = list(count_reasons(reasons).items())
+    rest = sum(n for _, n in counts[most:])
+    return ', '.join([f'{n} {reason}' for reason, n in counts[:most]]+[f'{rest} for other reasons']*(rest > 0))
 
 def check_skipped(
     name,              # of the data, for the message

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CACHE_BYTES', 'LOG', 'FIRST_TEST_SCENE', 'CONTENT_SAMPLES', 'CONTENT_BYTES', 'DecodedCache', 'Source',
            'read_class_names', 'name_labels', 'join_classes', 'ShardSource', 'sample_metadata', 'sample_extras',
-           'FolderSource', 'SceneSource', 'size_fingerprint', 'data_fingerprint', 'is_size_fingerprint',
+           'FolderSource', 'SceneSource', 'left_out', 'size_fingerprint', 'data_fingerprint', 'is_size_fingerprint',
            'data_differences', 'open_source']
 
 # %% ../nbs/13_sources.ipynb #934c06c3
@@ -30,7 +30,7 @@ from .images import UNREADABLE, BadImage, DataError, image_size, one_line, open_
 from .layered import scene_sizes
 from .paths import check_path, expand_path, is_remote, shard_files
 from .scenes import scene_classes, scene_sample
-from .samples import check_skipped, parse_metadata, summarize_skipped
+from .samples import check_skipped, count_reasons, parse_metadata, summarize_skipped
 from .shards import SAMPLE_PARTS, cached_index, file_state, plain_tar, shard_index
 
 # %% ../nbs/13_sources.ipynb #89ad656a
@@ -355,6 +355,14 @@ class SceneSource(Source):
         "Count and distance; the scene is rendered if it was not yet."
         if not self.rendered[i]: self.image(i)
         return dict(count=int(self._counts_distances[i, 0]), distance=float(self._counts_distances[i, 1]))
+
+# %% ../nbs/13_sources.ipynb #27134e0b
+def left_out(
+    source, # a Source, or a Stream
+)->dict[str,int]: # reason -> files
+    "Count by reasons what a source found and does not use."
+    return count_reasons(reason for _, reason in (*source.skipped, *getattr(source, 'passed', ())))
+
 
 # %% ../nbs/13_sources.ipynb #0d44ed33
 CONTENT_SAMPLES = 1000 # images of which bytes are read for a fingerprint

@@ -40,7 +40,7 @@ from .metrics import check_scores, collapse, rank_scores, rankme
 from .optim import beta_at, lr_at, make_optimizer, weight_decay_at
 from .recipes import ConfigError, load_config, save_config
 from .paths import expand_path, is_remote
-from .sources import data_differences, data_fingerprint, is_size_fingerprint
+from .sources import data_differences, data_fingerprint, is_size_fingerprint, left_out
 from .streams import open_data
 
 # %% ../nbs/35_train.ipynb #5b009399
@@ -414,7 +414,7 @@ class RunLogger:
             warn(f"{self.run}: stopped by {name} after step {step+1}; the same command goes on from there")
         raise SystemExit(128+signum)
 
-    def finish(self, steps:int):
+    def finish(self, steps:int, left_out:dict[str,int]): # reasons why files of the data are not used, counted
         "Write done.json."
         if self.bar: self.bar.close()
         if not self.is_main: return
@@ -422,7 +422,8 @@ class RunLogger:
         checkpoint = self.last_checkpoint or newest_checkpoint(self.run)[0]
         done = dict(step=checkpoint_step(checkpoint), images=self.images, seconds=round(self.seconds, 2),
                     checkpoint=checkpoint.name, sha256=sha256(checkpoint/'model.safetensors'))
-        write_json(self.run/'done.json', done | self.runtime | self.start)
+        write_json(self.run/'done.json', done | dict(left_out=left_out) | self.runtime | self.start)
+        if left_out: warn(f"{self.run}: not used: {', '.join(f'{n} {reason}' for reason, n in left_out.items())}")
 
 # %% ../nbs/35_train.ipynb #573f736a
 def train(
@@ -478,5 +479,5 @@ def train(
                 guard.check(run)
                 logger.save(step, meter, jepa, opt, gather_loader_state(batch.state, ctx))
             if stopping: logger.stop(step, stopping)
-        logger.finish(steps)
+        logger.finish(steps, left_out(source))
     return run

@@ -248,6 +248,18 @@ def test_training_reads_no_label(tmp_path):
         warnings.simplefilter('ignore')
         assert (train(cfg, tmp_path/'run', progress=False)/'done.json').is_file()
 
+def test_a_run_says_what_it_did_not_use(tmp_path, capsys):
+    "In done.json, and in its last line."
+    p = photos(tmp_path/'p', 20)
+    for i in range(2): (p/f'cat/IMG_{i}.heic').write_bytes(b'x')
+    (p/'notes.txt').write_text('x')
+    cfg = make_config(TINY, ['data.kind=folder', f'data.path={p}'])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        done = json.loads((train(cfg, tmp_path/'run', progress=False)/'done.json').read_text())
+    assert done['left_out']['.heic'] == 2
+    assert 'not used: 2 .heic' in capsys.readouterr().err.strip().splitlines()[-1]
+
 def test_labels_alone():
     for value, label in (('3', 3), (' -1 ', -1), ('3.', 3), (3.0, 3), ('1e3', '1e3'), ('n01440764', 'n01440764')):
         assert parse_label(value) == label and type(parse_label(value)) is type(label)
