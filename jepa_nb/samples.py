@@ -88,7 +88,8 @@ def split_name(
     to the key, unless it is the last. (None, None) for files without an ending, hidden ones, thumbnails and trash."""
     folder, slash, base = name.rpartition('/')
     m = re.fullmatch(r'([^.]+(?:[.][0-9][^.]*(?=[.]))*)[.](.+)', base, re.S)
-    if not m or any(is_junk(part) for part in folder.split('/') if part not in ('', '.', '..')): return None, None
+    if not m or folder and any(is_junk(part) for part in folder.split('/') if part not in ('', '.', '..')):
+        return None, None
     return folder+slash+m[1], m[2].lower()
 
 def is_photograph(

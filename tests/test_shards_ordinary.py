@@ -156,6 +156,17 @@ def test_dots_in_names(tmp_path, shape):
                                             for e, d in (('jpg', IMAGES[i]), ('cls', b'%d' % (i%3)))]))
     assert is_whole(s) and not s.skipped and ('dots in their names' in said) == ('.' in shape)
 
+@pytest.mark.parametrize('shape', ['IMG_2021.05.{:02d}.jpg', 'J.R.R. No {:02d}.jpg', '{:04d}.image.jpg', '{:04d}.jpg'])
+def test_a_stream_reads_the_same_samples(tmp_path, shape):
+    members = [(shape.format(i), IMAGES[i]) for i in range(12)]
+    path = tar(tmp_path/'a.tar', [*members, ('link.jpg', dict(type=tarfile.LNKTYPE, linkname=members[0][0])),
+                                  ('big.jpg', IMAGES[0]), ('big.json', b'[' + b' '*2**25 + b']')])
+    stream = Stream(str(path), replace=False, epochs=1, shuffle=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert [r.data for r in stream] == [*IMAGES, IMAGES[0]] # a json that is too large costs no image
+    assert [why for _, why in stream.skipped] == ['a hard link, which a stream cannot follow']
+
 def test_named_parts(tmp_path):
     "`a.image.jpg` and `a.label.cls`; and the maps beside an image, which are none."
     members = [(f'{i:04d}.{e}', d) for i in range(12)
