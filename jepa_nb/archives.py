@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .images import BadImage, DataError
+from .samples import is_junk
 from .shards import MAX_RATIO, max_unpacked
 from .tars import MAX_MEMBER, tar_members
 
@@ -45,7 +46,8 @@ class Files:
         entries,       # iterable of (name, whatever `_read` needs to find the file)
     ):
         self.path = Path(path)
-        self.entries = {safe_name(name, path): entry for name, entry in entries}
+        named = [(safe_name(name, path), entry) for name, entry in entries]
+        self.entries = {n: e for n, e in named if not any(map(is_junk, n.split('/')))} # no thumbnails, no `._a.jpg`
 
     def root(self, marker:str)->str: # prefix of all names, '' or 'folder/'
         "Where the data set begins: before a file `marker` that every official copy has. MissingFile if there is none."

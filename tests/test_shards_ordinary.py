@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import jepa_nb.writing as writing
+from jepa_nb.archives import open_files
 from jepa_nb.cli import main
 from jepa_nb.config import DataConfig
 from jepa_nb.images import DataError
@@ -138,6 +139,16 @@ def test_files_of_a_sample_that_stand_apart(tmp_path, order):
 def test_samples_in_order_say_nothing(tmp_path):
     s, said = opened(tar(tmp_path/'a.tar', pairs(12)))
     assert is_whole(s) and not said
+
+
+def test_official_archives_are_read_by_the_same_rules(tmp_path):
+    "Joined, linked and packed on a Mac."
+    one = tar(tmp_path/'1.tar', [('a/x.jpg', IMAGES[0]), ('__MACOSX/a/._x.jpg', b'x'), ('a/._x.jpg', b'x'),
+                                 ('a/y.jpg', dict(type=tarfile.LNKTYPE, linkname='a/x.jpg'))])
+    two = tar(tmp_path/'2.tar', [('b/z.jpg', IMAGES[1])])
+    (tmp_path/'all.tar').write_bytes(one.read_bytes()+two.read_bytes())
+    files = open_files(tmp_path/'all.tar')
+    assert {n: files.read(n) for n in files.entries} == {'a/x.jpg': IMAGES[0], 'a/y.jpg': IMAGES[0], 'b/z.jpg': IMAGES[1]}
 
 
 # ---- names
