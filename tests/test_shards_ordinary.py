@@ -148,7 +148,8 @@ def test_official_archives_are_read_by_the_same_rules(tmp_path):
     two = tar(tmp_path/'2.tar', [('b/z.jpg', IMAGES[1])])
     (tmp_path/'all.tar').write_bytes(one.read_bytes()+two.read_bytes())
     files = open_files(tmp_path/'all.tar')
-    assert {n: files.read(n) for n in files.entries} == {'a/x.jpg': IMAGES[0], 'a/y.jpg': IMAGES[0], 'b/z.jpg': IMAGES[1]}
+    expected = {'a/x.jpg': IMAGES[0], 'a/y.jpg': IMAGES[0], 'b/z.jpg': IMAGES[1]}
+    assert {n: files.read(n) for n in files.entries} == expected
 
 
 # ---- names
