@@ -26,7 +26,8 @@ import numpy as np
 from PIL import Image
 
 from .files import RunError, write_atomic
-from .images import IMAGE_ENDINGS, UNREADABLE, DataError, image_size, one_line
+from .headers import IMAGE_ENDINGS, image_size, one_line
+from .images import UNREADABLE, DataError
 
 # %% ../nbs/12_shards.ipynb #b0f8e0fe
 def encode_png(

@@ -21,9 +21,9 @@ import numpy as np
 from braceexpand import braceexpand
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .images import MAX_PIXELS, BadImage, DataError, image_size, one_line
+from .headers import IMAGE_ENDINGS, MAX_PIXELS, image_size, one_line
+from .images import BadImage, DataError
 from .recipes import check_data
-from .images import IMAGE_ENDINGS
 from .shards import MAX_RATIO, group_samples, max_unpacked, read_label, split_name, walk_tar
 from .sources import Source, check_path, is_remote, open_source, shard_files
 
