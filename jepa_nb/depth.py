@@ -416,8 +416,7 @@ def evaluate_depth(
     errors = image_errors(head, tested, mean_map(truths), bar('test'))
     result = dict(
         run=labels.get('run') or recipe.run.name, features='random init' if is_random else 'teacher',
-        is_random=is_random,
-        recipe=recipe.run.name, norm=e.norm_out, seed=seed, tier=labels.get('tier'), kind='depth',
+        is_random=is_random, recipe=recipe.run.name, norm=e.norm_out, seed=seed, tier=labels.get('tier'), kind='depth',
         untrained=untrained_fingerprint(recipe) if is_random else None, data=short_path(test.name),
         train_data=short_path(train.name), **error_summary(errors), n_train=len(fitted), n_test=len(errors['index']),
         n_broken=len(tested)-len(errors['index']), side=side, layers=layers,

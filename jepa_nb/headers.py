@@ -107,14 +107,13 @@ def _png_header(b):
     "The header of a PNG. The EXIF chunk may stand before or behind the pixels."
     if len(b) < 26: raise ValueError('cut in the PNG header')
     width, height, depth, color = struct.unpack('>IIBB', b[16:26])
-    i, exif, kind = 8, b'', b''
-    while i+8 <= len(b) and kind != b'IDAT':
-        kind, end = bytes(b[i+4:i+8]), i+12+int.from_bytes(b[i:i+4], 'big')
+    i, exif = 8, b''
+    while (kind := bytes(b[i+4:i+8])) and kind != b'IDAT':
+        end = i+12+int.from_bytes(b[i:i+4], 'big')
         if kind == b'eXIf': exif = bytes(b[i+8:end-4])
         i = end
-    if i < len(b):
-        tail = bytes(b[max(len(b)-TAIL, i):])
-        if (at := tail.rfind(b'eXIf')) >= 4: exif = tail[at+4:at+4+int.from_bytes(tail[at-4:at], 'big')]
+    tail = bytes(b[max(len(b)-TAIL, i):])
+    if (at := tail.rfind(b'eXIf')) >= 4: exif = tail[at+4:at+4+int.from_bytes(tail[at-4:at], 'big')]
     return ImageHeader('PNG', (height, width), _turn(exif) if exif else 1, 10, depth == 16 and color > 0)
 
 
