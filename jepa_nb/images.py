@@ -215,7 +215,7 @@ def to_rgb(
 
 def _as_tensor(image):
     "An array or tensor of any layout in memory as a tensor."
-    if isinstance(image, np.ndarray): # torch takes neither another byte order nor negative strides, nor read-only memory
+    if isinstance(image, np.ndarray): # torch takes no other byte order, negative stride or read-only memory
         image = np.require(image, image.dtype.newbyteorder('='), ['C', 'W'])
     try: return torch.as_tensor(image).detach()
     except (TypeError, ValueError, RuntimeError) as e: raise ValueError(f"not an image: {one_line(e)}") from None

@@ -389,7 +389,8 @@ def test_a_batch_of_damaged_images_is_passed_over():
     assert rest[3].state == whole[4].state
     kept = list(islice(loader(Damaged(spoilt.__contains__), make_config(SMALL), world=2), 2))
     assert len(kept) == 2
-    with pytest.raises(DataError, match='none of the images of 10 batches in a row.*damaged'): next(loader(Damaged(lambda i: True), cfg))
+    with pytest.raises(DataError, match='none of the images of 10 batches in a row.*damaged'):
+        next(loader(Damaged(lambda i: True), cfg))
 
 
 # ---- depth
