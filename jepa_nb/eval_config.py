@@ -27,6 +27,7 @@ class DepthConfig:
     finest:Count=4          # pixels per cell of the finest of dpt's four scales
     side:Count|None=None    # pixels, a multiple of the patch; None: the largest side of training
     crop:Literal['none', 'eigen']='none' # eigen: the part of NYU's images in which depth was measured
+    per_metre:Positive|None=None # stored depth values per metre; None: 1000 for integers (millimetres), 1 for floats
     loss:Literal['ssi', 'smooth_l1']='ssi' # ssi: Ranftl et al. 2020; smooth_l1: FN's code
     trim:Annotated[Real, Field(ge=0, lt=1)]=.2 # ssi: share of pixels with the largest errors that is left out
     gradient:NonNeg=.5      # weight of the gradient term

@@ -7,7 +7,6 @@ __all__ = ['SYSTEM_FILES', 'SPLITS', 'split_of', 'Layout', 'find_layout', 'Folde
            'index_files']
 
 # %% ../nbs/13_folders.ipynb #4bbdd553
-import mmap
 import os
 import re
 import unicodedata
@@ -17,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from .images import UNREADABLE, DataError, image_size, one_line
-from .images import IMAGE_ENDINGS
+from .headers import IMAGE_ENDINGS, one_line, read_file_header
+from .images import UNREADABLE, DataError
 from .samples import UNREAD_ENDINGS, is_junk, summarize_skipped
 
 # %% ../nbs/13_folders.ipynb #86c54eba
@@ -203,16 +202,6 @@ def list_folder(
     return found.files, found.labels, found.classes
 
 # %% ../nbs/13_folders.ipynb #c985f58f
-def _file_size(path):
-    "Height and width of an image file, from no more bytes than are needed."
-    with open(path, 'rb') as f:
-        head = f.read(2**15)
-        if len(head) < 2**15: return image_size(head)
-        if head[:2] == b'\xff\xd8': # a JPEG's orientation mark comes before its size, other formats' perhaps last
-            try: return image_size(head)
-            except ValueError: pass # a long thumbnail or color profile comes first
-        with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as whole: return image_size(whole)
-
 def index_files(
     folder:str|Path, # what the paths are relative to
     files:list[str], # relative paths
@@ -220,7 +209,7 @@ def index_files(
     "The sizes of image files."
     keep, sizes, skipped = [], [], []
     for i, f in enumerate(tqdm(files, desc=f'index {folder}', disable=None, leave=False, delay=1)):
-        try: size = _file_size(os.path.join(folder, f))
+        try: size = read_file_header(os.path.join(folder, f)).size
         except UNREADABLE as e: skipped.append((f, one_line(e)))
         else:
             keep.append(i)

@@ -14,7 +14,8 @@ import re
 import unicodedata
 from collections import Counter
 
-from .images import IMAGE_ENDINGS, DataError
+from .headers import IMAGE_ENDINGS
+from .images import DataError
 
 
 # %% ../nbs/12_samples.ipynb #ec43879f

@@ -24,7 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from .archives import Files, MissingFile, TarFiles, open_files, read_mat
-from .images import DataError, one_line
+from .headers import one_line
+from .images import DataError
 from .shards import cache_folder, cached_files, encode_png, write_cached, write_streamed
 from .streams import open_stream
 from .writing import WriteOptions, downscale, make_shards, refuse_used_folder

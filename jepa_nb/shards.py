@@ -30,7 +30,8 @@ import numpy as np
 from PIL import Image
 
 from .files import WriteError, write_atomic, writing
-from .images import IMAGE_ENDINGS, UNREADABLE, DataError, image_size, one_line
+from .headers import IMAGE_ENDINGS, image_size, one_line
+from .images import UNREADABLE, DataError
 from jepa_nb.samples import (
     NO_IMAGE, SECOND, UNREAD_ENDINGS, divide_sample, find_label, group_neighbours, is_junk, is_photograph, split_name,
 )

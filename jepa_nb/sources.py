@@ -9,7 +9,6 @@ __all__ = ['CACHE_BYTES', 'LOG', 'FIRST_TEST_SCENE', 'CONTENT_SAMPLES', 'CONTENT
            'data_differences', 'open_source']
 
 # %% ../nbs/13_sources.ipynb #934c06c3
-import io
 import logging
 import mmap
 import os
@@ -26,7 +25,8 @@ from tqdm import tqdm
 
 from .files import read_json, sha256
 from .folders import index_files, scan_folder
-from .images import UNREADABLE, BadImage, DataError, image_size, one_line, open_pillow, to_rgb
+from .headers import one_line, read_bytes, read_header
+from .images import UNREADABLE, BadImage, DataError, depth_metres, object_mask, read_map, to_rgb
 from .layered import scene_sizes
 from .paths import check_path, expand_path, is_remote, shard_files
 from .scenes import scene_classes, scene_sample
@@ -64,6 +64,7 @@ LOG = logging.getLogger('jepa_nb')
 class Source:
     "Images by number. Sizes, labels and keys are known at once; pixels are read when they are asked for."
     passed = () # (path, reason) of files that are not tried
+    depth_per_metre = None # the unit of depth maps, see `depth_metres`
     class_trouble = None # why names of classes cannot be given to the labels, where some but not all have one
     def __init__(self,
         name:str,                    # where the images come from, for messages
@@ -241,20 +242,14 @@ class ShardSource(Source):
 
     def extras(self, i):
         "Depth, objects, count and distance, where the sample has them."
-        return sample_extras(*(self.read(i, p) for p in SAMPLE_PARTS[1:]), self.location(i), self.size(i))
+        depth, objects, metadata = (self.read(i, p) for p in SAMPLE_PARTS[1:])
+        name = self.location(i)
+        if (depth or objects) and (turn := read_header(self.read(i)).turn) > 1:
+            raise BadImage(f"{name}: has the orientation mark {turn}, and nothing says whether its maps are upright; "
+                           "store the image upright")
+        return sample_extras(depth, objects, metadata, name, self.size(i), self.depth_per_metre)
 
 # %% ../nbs/13_sources.ipynb #42f13612
-def _read_map(data, sample, size, part):
-    "A depth map or object mask as an array [H W] of the image's size."
-    try:
-        if data[:6] == b'\x93NUMPY': x = np.load(io.BytesIO(data), allow_pickle=False).squeeze()
-        else:
-            image_size(data) # bounds what its header claims
-            with open_pillow(data) as im: x = np.array(im)
-        if x.shape != size: raise ValueError(f"{x.shape} values for an image of {size} pixels")
-    except UNREADABLE as e: raise BadImage(f"{sample}.{part}: {one_line(e)}") from None
-    return x
-
 def sample_metadata(
     data:bytes|None, # the sample's json; None where there is none
     sample:str,      # how the error calls it
@@ -265,19 +260,20 @@ def sample_metadata(
     return {k: v for k, v in dict(count=d.get('count'), distance=near).items() if v is not None}
 
 def sample_extras(
-    depth:bytes|None,    # file of the depth map
-    objects:bytes|None,  # file of the object mask
-    metadata:bytes|None, # file of the json
-    sample:str,          # how errors call it
-    size:tuple[int,int], # (H, W) of the image
-)->dict:                 # depth [H W] float32 metres, NaN where unknown; objects [H W] uint8; count; distance
+    depth:bytes|None,          # file of the depth map
+    objects:bytes|None,        # file of the object mask
+    metadata:bytes|None,       # file of the json
+    sample:str,                # how errors call it
+    size:tuple[int,int],       # (H, W) of the image
+    per_metre:float|None=None, # unit of the depth map, see `depth_metres`
+)->dict: # depth [H W] float32 metres, NaN where unknown; objects [H W] uint8; count; distance
     "Decode what a sample has beside its image. BadImage where a map cannot be read or has another size."
-    out = {}
-    if depth:
-        z = _read_map(depth, sample, size, 'depth')
-        z = z.astype(np.float32) / (1000 if z.dtype.kind in 'iu' else 1) # integers are mm, 0 is unknown
-        out['depth'] = torch.from_numpy(np.where(z > 0, z, np.float32('nan')))
-    if objects: out['objects'] = torch.from_numpy(_read_map(objects, sample, size, 'objects').astype(np.uint8))
+    out, part, size = {}, 'depth', tuple(size)
+    try:
+        if depth: out['depth'] = torch.from_numpy(depth_metres(read_map(depth, size), per_metre))
+        part = 'objects'
+        if objects: out['objects'] = torch.from_numpy(object_mask(read_map(objects, size)))
+    except UNREADABLE as e: raise BadImage(f"{sample}.{part}: {one_line(e)}") from None
     try: return out | sample_metadata(metadata, sample)
     except DataError: return out # a json that is none is no reason to refuse an image
 
@@ -306,8 +302,9 @@ class FolderSource(Source):
 
     def pixels(self, i):
         "Read and decode one file; BadImage if it cannot be."
-        try: data = (self.folder/self.keys[i]).read_bytes()
-        except OSError as e: raise BadImage(f"{self.location(i)}: {e.strerror}") from None
+        try: data = read_bytes(self.folder/self.keys[i])
+        except (OSError, ValueError) as e:
+            raise BadImage(f"{self.location(i)}: {getattr(e, 'strerror', None) or e}") from None
         return to_rgb(data, self.location(i), self.size(i))
 
 # %% ../nbs/13_sources.ipynb #d3ca2f46

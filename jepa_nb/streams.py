@@ -23,7 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .images import IMAGE_ENDINGS, MAX_PIXELS, BadImage, DataError, image_size, one_line
+from .headers import IMAGE_ENDINGS, MAX_PIXELS, image_size, one_line
+from .images import BadImage, DataError
 from .recipes import check_data
 from .paths import check_path, expand_braces, is_remote, shard_files
 from .samples import NO_IMAGE, group_samples, is_photograph, read_label, split_name

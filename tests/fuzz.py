@@ -37,7 +37,8 @@ import yaml
 from PIL import Image
 
 from jepa_nb import config, masks, packing, recipes, shards, sources, streams, tiers
-from jepa_nb.images import BadImage, DataError, image_size, to_rgb
+from jepa_nb.headers import image_size
+from jepa_nb.images import BadImage, DataError, to_rgb
 from jepa_nb.recipes import ConfigError
 from jepa_nb.tiers import CliError
 

@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 import jepa_nb.images as images
 import jepa_nb.shards as shards
 import jepa_nb.writing as writing
-from jepa_nb.images import BadImage, DataError, image_size, to_rgb
+from jepa_nb.headers import image_size
+from jepa_nb.images import BadImage, DataError, to_rgb
 from jepa_nb.sets import file_md5, shards_from_cifar10
 from jepa_nb.shards import plain_tar, shard_index, write_shard, write_shards
 from jepa_nb.sources import open_source
