@@ -36,14 +36,19 @@ def read_run_config(
     return cfg, Path(out or f'runs/{Path(recipe).stem}/seed{cfg.run.seed}')
 
 class ShowLog(logging.Handler):
-    "Prints the library's log on stderr, such as how many images are opened; of several processes, that of the first."
+    "Prints each line of the library's log once, e.g. how many images are used; of several processes, the first does."
+    def __init__(self):
+        super().__init__(logging.INFO)
+        self.shown = set()
     def emit(self, record):
-        if os.environ.get('RANK', '0') == '0': click.echo(f'jepa_nb: {record.getMessage()}', err=True)
+        text = record.getMessage()
+        if text not in self.shown and os.environ.get('RANK', '0') == '0': click.echo(f'jepa_nb: {text}', err=True)
+        self.shown.add(text)
 
 def show_log():
     "Show the library's log on stderr."
     log = logging.getLogger('jepa_nb')
-    log.handlers[:], log.propagate = [ShowLog(logging.INFO)], False
+    log.handlers[:], log.propagate = [ShowLog()], False
     log.setLevel(logging.INFO)
 
 # %% ../nbs/75_cli_eval.ipynb #74c075fc
@@ -260,6 +265,7 @@ def depth_command(run, words, train_data, test_data, out, name, tier):
     """Train a depth head on RUN's features and test it, e.g. depth.steps=1000. RUN is a run or committed folder, or a
     recipe."""
     from jepa_nb.depth import evaluate_depth
+    from jepa_nb.sources import log_summary
     from jepa_nb.recipes import make_depth
     from jepa_nb.results import write_result
     own, words = split_words(words, 'depth')
@@ -272,6 +278,7 @@ def depth_command(run, words, train_data, test_data, out, name, tier):
         images, labels = opened.sources(), dict(run=name, tier=tier)
         make = lambda path: evaluate_depth(opened.subject, *images, settings, path, labels, sys.stderr.isatty())
         r, out = write_result(out, opened.wanted, images, make)
+    log_summary(*images)
     gain, low, high = r['gain_over_constant']['rmse_oracle']
     click.echo(f"{r['run']} seed {r['seed']}: RMSE {r['rmse_oracle']:.3f} m with the truth's scale (FN's), "
                f"{r['rmse_lsq']:.3f} by least squares, {r['rmse_metric']:.3f} metric; {gain:+.3f} [{low:+.3f}, "
@@ -294,7 +301,7 @@ def ranks_command(run, words, train_data, test_data, out, tier):
     scores, own, words = split_words(words, 'ranks', 'eval')
     ranks, cfg = make_ranks({}, scores), make_eval({}, own)
     opened = Opened(run, words, 'ranks', (train_data, test_data), out)
-    opened.check_halves(cfg.hold_out, may_hold_out=True)
+    opened.check_halves(cfg.hold_out)
     wanted = opened.wanted
     if wanted.name != 'ranks.json': wanted = wanted.with_suffix('')/'ranks.json' # its probes go beside it
     with opened.lock:

@@ -231,19 +231,23 @@ def _steps_of_epochs(d:dict, where:str)->dict:
     return _merge(d, dict(run=dict(steps=max(round(steps), 1))))
 
 def parse_overrides(overrides)->dict:
-    "Turn `['masks.window=4']` into nested dicts; a value is read as YAML."
+    "Turn `['masks.window=4']` into nested dicts; a value is read as YAML, a path letter by letter."
     out = {}
     for text in overrides:
         name, eq, value = text.partition('=')
         if not eq: raise ConfigError(f"{shown(text)} is not of the form name=value, e.g. run.steps=2000")
         shown_name = printable(name.strip(), 80)
-        try: d = parse_yaml(value, f'{shown_name}: {shown(value)}')
+        try: d = value.strip() if _is_path(name, value) else parse_yaml(value, f'{shown_name}: {shown(value)}')
         except ConfigError as e: raise ConfigError(f"{e}; in quotes it is a text: {shown_name}='\"...\"'") from None
         keys = name.strip().split('.')
         if len(keys) > 3: raise ConfigError(f"{shown(name)}: no such setting; names are like masks.window")
         for key in reversed(keys): d = {key:d}
         out = _merge(out, d)
     return out
+
+def _is_path(name, value):
+    "Whether a word names a path as it stands: `data.path=2021` and `data.path={a,b}` are no number and no mapping."
+    return name.strip() == 'data.path' and value[:1] not in ('"', "'", '') and value.strip().lower() != 'null'
 
 # %% ../nbs/03_recipes.ipynb #50f90e3e
 ALIASES = { # names of the first edition -> today's

@@ -40,7 +40,7 @@ from .metrics import check_scores, collapse, rank_scores, rankme
 from .optim import beta_at, lr_at, make_optimizer, weight_decay_at
 from .recipes import ConfigError, load_config, save_config
 from .paths import expand_path, is_remote
-from .sources import data_differences, data_fingerprint, is_size_fingerprint, left_out
+from .sources import data_differences, data_fingerprint, is_size_fingerprint, left_out, log_summary
 from .streams import open_data
 
 # %% ../nbs/35_train.ipynb #5b009399
@@ -441,6 +441,7 @@ def train(
         source = open_data(cfg.data)
         if cfg.run.rank_every: check_scores(source, cfg.run.lidar_images, cfg.run.lidar_views)
         jepa, opt, state = init_or_resume(cfg, run, ctx, data_fingerprint(source), start)
+        log_summary(source)
         planner = scatter_loader_state(state['planner'], ctx)
         batches = loader(source, cfg, rank=ctx.rank, world=ctx.world, state=planner, workers=cfg.data.workers)
         amp = torch.autocast(device.type, torch.bfloat16, enabled=runtime['dtype'] == 'bfloat16')
