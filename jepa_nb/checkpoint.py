@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from .config import Config
+from .config import Config, PredictorConfig
 from jepa_nb.files import (
     RunError, checkpoint_folders, checkpoint_step, new_folder, present_folder, read_json, sha256, training_progress,
     write_atomic, write_json,
@@ -72,7 +72,7 @@ def rename_tensors(
     return out
 
 # %% ../nbs/33_checkpoint.ipynb #d6bf0167
-MAX_HEADER_JSON = 2**24 # bytes of a safetensors header; one of 100,000 tensors has 12 million
+MAX_HEADER_JSON = 2**22 # bytes of a safetensors header; one of 30,000 tensors has so many
 
 def tensor_shapes(
     file:Path,          # a safetensors file
@@ -155,9 +155,9 @@ def model_for(
     if absent := parts-{k.partition('.')[0] for k in shapes}: parts -= absent # `_check_shapes` names them
     _check_size(shapes, cfg, file, parts)
     small = copy.copy(cfg)
-    one_block = lambda c: replace(c, depth=1, dim=4*c.heads if c is cfg.predictor else c.dim)
-    if 'predictor' not in parts: object.__setattr__(small, 'predictor', one_block(cfg.predictor))
-    if not parts & {'encoder', 'teacher'}: object.__setattr__(small, 'encoder', one_block(cfg.encoder))
+    if 'predictor' not in parts: # the encoders are built in full: their width is that of the predictor's input
+        object.__setattr__(small, 'predictor', replace(PredictorConfig(), depth=1, dim=16, heads=2))
+    if not parts & {'encoder', 'teacher'}: object.__setattr__(small, 'encoder', replace(cfg.encoder, depth=1))
     with torch.random.fork_rng(devices=[]), torch.device('meta'): frame = JEPA(small) # shapes without memory
     _check_shapes(shapes, frame, file, tuple(p for p in PARTS if p in parts|absent))
     jepa = random_model(small)

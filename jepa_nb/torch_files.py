@@ -102,7 +102,7 @@ def read_pickle(file:Path):
             else:
                 for _ in range(4): _check_pickle(f, file) # before version 1.6: magic number, version, system, objects
         with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_NUMBERS), \
-                memory_limit(2*os.path.getsize(file)+2**30):
+                memory_limit(2*os.path.getsize(file)+2**29):
             warnings.simplefilter('ignore') # torch warns about the form of pickles that it then refuses
             return torch.load(file, map_location='cpu', weights_only=True, mmap=is_archive)
     except InteropError: raise
