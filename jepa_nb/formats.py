@@ -326,7 +326,10 @@ def hf_to_official(
     qkv_bias:bool=True,       # False: the file has no biases of queries, keys and values; they become zero
 )->tuple[dict[str,Tensor],list[str]]: # in the official names; names that were left out
     "Check the tensors of a Hugging Face model and convert them to the official names."
-    tensors = {k.removeprefix('ijepa.'):v for k, v in tensors.items()}
+    tensors = {NEUTRAL.sub('', k):v for k, v in tensors.items()}
+    first = 'embeddings.patch_embeddings.projection.weight' # before it stands the prefix: 'ijepa.', 'backbone.', ...
+    prefix = next((k.removesuffix(first) for k in tensors if k.endswith(first)), '')
+    tensors = {k.removeprefix(prefix):v for k, v in tensors.items()}
     unused = sorted(k for k in tensors if k.startswith(UNUSED_PREFIXES))
     tensors = {k:v for k, v in tensors.items() if k not in unused}
     generation = 5 if any(k.startswith('layers.') for k in tensors) else 4

@@ -400,6 +400,18 @@ def test_weights_of_another_kind_are_refused(whole, tmp_path):
     (out/'model.safetensors').write_bytes((2**40).to_bytes(8, 'little')+b'{}')
     with pytest.raises(RunError, match='its header claims 1099511627776 bytes'): open_run(with_settings(out))
 
+def test_settings_of_many_megabytes_are_not_parsed(whole, tmp_path):
+    out = export_checkpoint(whole, tmp_path/'small')
+    with open(out/'config.yaml', 'a') as f: f.write('# '+'x'*2**21)
+    (out/'SHA256SUMS').write_text(''.join(f'{sha256(out/n)}  {n}\n' for n in ('config.yaml', 'model.safetensors')))
+    with pytest.raises(RunError, match='more than any settings'): open_run(out)
+
+def test_an_export_of_a_damaged_log_can_be_written_again(run, tmp_path, capsys):
+    (run/'log.jsonl').write_bytes(b'[1]\n'+(run/'log.jsonl').read_bytes())
+    for _ in range(2): out = export_checkpoint(run, tmp_path/'small')
+    assert 'log.jsonl.old-1' not in names(out) and read_log(out)['step'] == [2, 4]
+    assert 'left out' in capsys.readouterr().err
+
 # ---- doors for the checkpoints of others
 
 VIT, PREDICTOR = ViTSpec(8, 48, 2, 3, 192, 6), ViTSpec(8, 24, 1, 3, 96, 6)
@@ -467,6 +479,16 @@ def test_positions_that_were_in_16_bits_once_are_recognised(tmp_path, dtype):
     moved[0, 3, 5] += .004
     torch.save(TEACHER | dict(pos_embed=moved), tmp_path/'y.pth')
     assert read_any(tmp_path/'y.pth', 3).spec.positions == 'table'
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'ijepa.', 'module.ijepa.', '_orig_mod.backbone.'])
+def test_hugging_face_folders_with_prefixes(tmp_path, prefix):
+    torch.save(dict(target_encoder=TEACHER), tmp_path/'x.pth')
+    folder = convert(convert(tmp_path/'x.pth', tmp_path/'run', heads=3), tmp_path/'hf', to='hf')
+    t = under(prefix, load_file(folder/'model.safetensors')) | {'classifier.bias': torch.zeros(3)}
+    save_file(t, folder/'model.safetensors')
+    found = read_any(folder)
+    assert all(torch.equal(v, TEACHER[k]) for k, v in found.parts['teacher'].items())
+    assert 'left out: classifier.bias' in found.notes
 
 def code(call, *args): # a pickle of one call
     return b'\x80\x02c'+'\n'.join(call.rsplit('.', 1)).encode()+b'\n'+pickle.dumps(args, 2)[2:-1]+b'R.'
