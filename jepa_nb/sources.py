@@ -362,7 +362,7 @@ def data_fingerprint(
     if (sizes := _file_sizes(source)) is not None:
         sampled = np.unique(np.linspace(0, len(source)-1, min(len(source), CONTENT_SAMPLES)).astype(int)).tolist()
         contents = (sha256(_some_bytes(source, i)) for i in sampled)
-        out |= dict(bytes=short(sizes.tobytes()), labels=short(repr(source.labels.tolist()).encode()),
+        out |= dict(bytes=short(sizes.tobytes()), labels=short(repr(source._labels.tolist()).encode()),
                     contents=short(''.join(contents).encode()))
     return ' '.join(f'{k}={v}' for k, v in out.items())
 
