@@ -20,7 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from .images import BadImage, DataError
-from .shards import MAX_MEMBER, MAX_RATIO, max_unpacked, tar_members
+from .shards import MAX_RATIO, max_unpacked
+from .tars import MAX_MEMBER, tar_members
 
 # %% ../nbs/60_archives.ipynb #e1fa40f1
 class MissingFile(DataError):

@@ -11,13 +11,11 @@ __all__ = ['FILES', 'PARTS', 'TENSOR_ALIASES', 'MAX_HEADER_JSON', 'MAX_CONFIG', 
 
 # %% ../nbs/33_checkpoint.ipynb #bbd2e389
 import copy
-import fcntl
 import json
 import os
 import re
 import shutil
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +31,7 @@ from jepa_nb.files import (
     write_atomic, write_json,
 )
 from .jepa import JEPA
+from .locks import file_lock
 from .recipes import ConfigError, load_config, save_config
 
 # %% ../nbs/33_checkpoint.ipynb #0ab4090b
@@ -461,38 +460,14 @@ def read_log(
     return {k:[d.get(k) for d in lines] for k in columns}
 
 # %% ../nbs/33_checkpoint.ipynb #3cab0bc7-2
-def _open_lock(run:Path)->int:
-    "Open `run/.lock`, and create the run folder where needed."
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        return os.open(run/'.lock', os.O_RDWR|os.O_CREAT|os.O_CLOEXEC, 0o644)
-    except OSError as e: raise RunError(f"{run}: cannot be written: {e.strerror}") from None
-
 @contextmanager
 def run_lock(
     run:Path,      # run folder, created where needed
     poll:float=.5, # seconds between attempts
 ):
     "Hold `run/.lock`; while another process holds it, wait and print that process's number."
-    run, announced = Path(run), False
-    while True:
-        fd = _open_lock(run)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.stat(run/'.lock')): break
-        except FileNotFoundError: pass # the folder was moved aside while this process waited
-        except BlockingIOError:
-            holder = os.pread(fd, 20, 0).decode().strip() or '?'
-            if not announced: warn(f"waiting for process {holder}, which writes to {run}")
-            announced = True
-        os.close(fd)
-        time.sleep(poll)
-    open_fds = [fd]
-    os.register_at_fork(after_in_child=lambda: [os.close(f) for f in open_fds]) # else forked workers hold the lock
-    try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f'{os.getpid()}\n'.encode(), 0)
-        yield
-    finally:
-        open_fds.clear()
-        os.close(fd)
+    announced = []
+    def waiting(holder, seconds):
+        if not announced: warn(f"waiting for {holder}, which writes to {run}")
+        announced.append(holder)
+    with file_lock(Path(run)/'.lock', waiting, poll, warn): yield

@@ -51,6 +51,7 @@ class DataConfig:
     side:Count=64        # scenes: longest side, pixels
     seed:Seed=0          # scenes: seed of the renderer
     replace:bool=True    # draw images with replacement, without end; False: each image once per epoch (FN §8.2)
+    max_skipped:Beta=.1  # share of the images that may be unusable when data is opened; more ends the job
     workers:Whole=0      # loader processes; for local data the images drawn do not depend on it
     shuffle:Count=500    # streamed shards: images in the shuffle buffer, before decoding
 

@@ -33,6 +33,7 @@ from .eval_config import DepthConfig
 from .features import batch_features
 from .frozen import center_square, dataset_features, load_encoder, warn_skipped
 from .files import RunError, repo_path, sha256, short_path, weights_file, write_atomic
+from .result_files import place_result
 from .images import BadImage, DataError, to_rgb
 from .patches import center_crop
 from .recipes import load_config, make_depth, untrained_fingerprint
@@ -368,6 +369,7 @@ def write_depth(
     "Write a depth evaluation: head and errors first, the JSON with the head's checksum last."
     arrays = io.BytesIO()
     np.savez_compressed(arrays, **errors)
+    out = place_result(out, result, ('.npz', '.safetensors'))
     write_atomic(out.with_suffix('.safetensors'), head_bytes(head))
     write_atomic(out.with_suffix('.npz'), arrays.getvalue())
     result = result | dict(head_sha256=sha256(out.with_suffix('.safetensors')))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Subject', 'open_subject', 'subject_features', 'TaskFeatures', 'task_features', 'probe_features', 'evaluate',
-           'describe', 'summarise', 'write_answers', 'evaluate_sets', 'kept_checkpoints', 'step_of', 'has_part',
-           'score_checkpoint', 'rank_checkpoints']
+           'describe', 'describe_classes', 'summarise', 'write_answers', 'evaluate_sets', 'kept_checkpoints', 'step_of',
+           'has_part', 'score_checkpoint', 'rank_checkpoints']
 
 # %% ../nbs/43_evaluate.ipynb #934fac3f
 import io
@@ -33,10 +33,12 @@ from .heads import PROTOCOLS, head_probe
 from .images import DataError
 from .metrics import check_scores, lidar_config, rank_scores
 from .model import interpolate_pos_embed
-from .probes import knn, linear_probe, raw_pixels
+from .probes import dense_classes, knn, linear_probe, raw_pixels
 from .recipes import untrained_fingerprint
+from .result_files import place_result
+from .sources import data_fingerprint
 from .stats import bootstrap
-from .tasks import keep_decoded, make_task, run_source
+from .tasks import class_name, keep_decoded, make_task, match_classes, run_source
 
 # %% ../nbs/43_evaluate.ipynb #44591839
 class Subject(NamedTuple):
@@ -92,12 +94,13 @@ def subject_features(
 class TaskFeatures(NamedTuple):
     "Both halves of a task, ready for a classifier; on the device."
     train_x:Tensor   # [i D d], or [i k d] of k views
-    train_y:Tensor   # [i] classes
+    train_y:Tensor   # [i] classes from 0 without gaps, see `dense_classes`
     test_x:Tensor    # [j D d]
     test_y:Tensor    # [j]
     test_ids:Tensor  # [j] numbers of the test images in their source
     views:int        # of every training image
     broken:int       # images that could not be decoded
+    class_ids:list   # of every class, its number in the training images' source
 
 def task_features(
     subject:Subject,   # of `open_subject`
@@ -118,7 +121,8 @@ def task_features(
     train_x, train_y, _ = (t.to(device) for t in kept)
     test_x, test_y, ids = (t.to(device) for t in tested)
     broken = len(train_ids)+len(test_ids)-len(train_y)-len(test_y)
-    return TaskFeatures(train_x, train_y, test_x, test_y, ids, len(views), broken)
+    train_y, test_y, class_ids = dense_classes(train_y, test_y)
+    return TaskFeatures(train_x, train_y, test_x, test_y, ids, len(views), broken, class_ids)
 
 def probe_features(
     f:TaskFeatures,    # of `task_features`
@@ -184,7 +188,9 @@ def describe(
         seed=recipe.run.seed if recipe else 0, untrained=untrained_fingerprint(recipe) if recipe
         and not is_run else None)
     question = dict(
-        tier=labels.get('tier'), set=labels.get('set'), data=short_path(task[1][0].name), target=cfg.target,
+        tier=labels.get('tier'), set=labels.get('set'), data=short_path(task[1][0].name),
+        train=short_path(task[0][0].name),
+        images=[data_fingerprint(s) for s in dict.fromkeys(s for s, *_ in task)], target=cfg.target,
         cuts=(cfg.cuts if isinstance(cfg.cuts, str) else list(cfg.cuts)) if cfg.target == 'dist' else None,
         hold_out=cfg.hold_out)
     how = dict(
@@ -198,7 +204,19 @@ def describe(
     sizes = dict(
         images_seen=images_seen(subject.checkpoint) if is_run else 0, classes=int(f.train_y.max())+1,
         n_train=len(f.train_y), n_test=len(f.test_y), n_broken=f.broken)
-    return who | question | how | sizes
+    return who | question | how | sizes | describe_classes(task, cfg)
+
+def describe_classes(
+    task,            # of `make_task`
+    cfg:EvalConfig,  # resolved
+)->dict:
+    "Classes that one half of a task lacks, by name, and what became of test images of such classes: their number."
+    (train, _, y), (test, _, test_y) = task
+    name = lambda k: class_name(train, int(k)) if cfg.target == 'label' else int(k)
+    counts = lambda ks: {str(name(k)): int((test_y == k).sum()) for k in ks}
+    named = cfg.target == 'label' and cfg.hold_out is None
+    return dict(not_tested=[name(k) for k in np.setdiff1d(y, test_y)], counted_wrong=counts(np.setdiff1d(test_y, y)),
+                left_out={str(k): n for k, n in match_classes(train, test).only_test.items()} if named else {})
 
 def summarise(
     subject:Subject,      # of `open_subject`
@@ -226,11 +244,12 @@ def write_answers(
     neighbours:np.ndarray,# [D j] bool, which k-NN gets right
     f:TaskFeatures,       # of `task_features`
 ):
-    "Write a result, and the answers per image beside it; the JSON last."
+    "Write a result, and the answers per image beside it; the JSON last. Other results stay, see `place_result`."
     answers = io.BytesIO()
-    np.savez_compressed(answers, correct=correct, knn_correct=neighbours, labels=f.test_y.cpu().numpy(),
-                        index=f.test_ids.cpu().numpy())
-    write_atomic(Path(out).with_suffix('.npz'), answers.getvalue())
+    labels = np.array(f.class_ids, np.int64)[f.test_y.cpu().numpy()]
+    np.savez_compressed(answers, correct=correct, knn_correct=neighbours, labels=labels, index=f.test_ids.cpu().numpy())
+    out = place_result(out, result)
+    write_atomic(out.with_suffix('.npz'), answers.getvalue())
     write_atomic(out, json.dumps(result, indent=1)+'\n')
 
 # %% ../nbs/43_evaluate.ipynb #9608e31c
@@ -251,12 +270,16 @@ def evaluate_sets(
         if key not in opened: opened[key] = run_source(data, cfg, split)
         return opened[key]
     def halves(name, s):
+        if not s.data and not s.hold_out and (s.train is None) != (s.test is None):
+            given, other = ('train', 'test') if s.test is None else ('test', 'train')
+            raise DataError(f"{name}: {given}={getattr(s, given)} and no {other}: other images would stand for it; "
+                            f"{other}, data or hold_out says which are meant")
         try: return source(s.train or s.data or train, 'train'), None if s.hold_out else source(s.test or s.data
             or test, 'test')
         except DataError as e: raise DataError(f'{name}: {e}') from None
     images = {name: halves(name, s) for name, s in sets.items()}
-    return {name: evaluate(run, *images[name], s.evaluation(), out.format(set=name), (labels or {}) | dict(set=name),
-                           progress)
+    return {name: evaluate(run, *images[name], s.evaluation(), out.replace('{set}', name),
+                           (labels or {}) | dict(set=name), progress)
             for name, s in sets.items()}
 
 # %% ../nbs/43_evaluate.ipynb #b6143423
@@ -331,11 +354,11 @@ def rank_checkpoints(
                          knn=p['knn_chosen'], **scores, sha256=p['checkpoint_sha256']))
     result = dict(
         run=recipe.run.name, norm=recipe.encoder.norm_out, seed=recipe.run.seed, tier=(labels or {}).get('tier'),
-        data=short_path(train.name), test=short_path(test.name), n_train=p['n_train'], n_test=p['n_test'],
+        data=short_path(train.name), test=short_path((test or train).name), n_train=p['n_train'], n_test=p['n_test'],
         masks=recipe.masks.label,
         rank_images=min(ranks.rank_images, len(train)), lidar_images=ranks.lidar_images, lidar_views=ranks.lidar_views,
         views='crops' if lidar_config(recipe).scale.kind == 'crop' else 'sizes', dim=recipe.encoder.dim,
         conditioned=ranks.conditioned and recipe.condition.kind != 'none', eval=p['eval'], checkpoints=rows,
         seconds=round(time.time()-start, 1))
-    if out is not None: write_atomic(out, json.dumps(result, indent=1)+'\n')
+    if out is not None: write_atomic(place_result(out, result, ()), json.dumps(result, indent=1)+'\n')
     return result

@@ -9,7 +9,6 @@ __all__ = ['JOBS', 'ENGINE', 'TIER_ORDER', 'ASKS', 'die_with_parent', 'join_job_
            'print_job_times', 'print_plan', 'print_dry_run', 'run_graph']
 
 # %% ../nbs/74_launch.ipynb #e3aef5ab
-import fcntl
 import json
 import os
 import select
@@ -25,6 +24,8 @@ from pathlib import Path
 
 import click
 
+from .files import write_atomic
+from .locks import file_lock, join_lock, wait_for_lock
 from .progress import Progress, duration, parse_job, plan_lines, last_lines, wall_seconds, wrap_text
 from .tiers import CliError, missing_path, read_tier, scenes_folder
 
@@ -47,9 +48,7 @@ def join_job_lock():
     """Hold the jobs' lock as long as this process lives, and end with its parent: what every process of the graph
     does first."""
     if 'JEPA_NB_PARENT' not in os.environ: return
-    JOBS.parent.mkdir(exist_ok=True)
-    lock = os.open(JOBS, os.O_RDWR | os.O_CREAT) # never closed: the lock ends with the process
-    fcntl.flock(lock, fcntl.LOCK_SH)
+    join_lock(JOBS)
     die_with_parent()
 
 # %% ../nbs/74_launch.ipynb #4d61eb65
@@ -59,30 +58,14 @@ def launch_lock(
     patience:float=5., # seconds
 ):
     "Hold the launcher's lock. Raises UsageError where another start holds it."
-    fd = os.open(lock, os.O_RDWR | os.O_CREAT)
-    start = time.monotonic()
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic()-start > patience:
-                pid = os.pread(fd, 20, 0).decode().strip()
-                raise click.UsageError(f"another make reproduce (pid {pid}) is running") from None
-            time.sleep(.1)
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, str(os.getpid()).encode(), 0)
-    try: yield
-    finally: os.close(fd)
+    def waiting(holder, seconds):
+        if seconds > patience:
+            raise click.UsageError(f"another make reproduce ({holder.replace('process', 'pid')}) is running")
+    with file_lock(lock, waiting, poll=.1): yield
 
 def wait_for_earlier_jobs():
     "Return when no process of an earlier start is left."
-    JOBS.parent.mkdir(exist_ok=True)
-    with open(JOBS, 'a') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            click.echo('waiting for what is left of an earlier start to end', err=True)
-            fcntl.flock(f, fcntl.LOCK_EX)
+    wait_for_lock(JOBS, lambda: click.echo('waiting for what is left of an earlier start to end', err=True))
 
 # %% ../nbs/74_launch.ipynb #50774455
 def graph_environment(
@@ -268,7 +251,7 @@ def print_job_times(
 ):
     "Print the planned and the spent time in a line."
     rows = sorted((j.kind, j.name, j.seconds, s) for j, s in progress.finished.values())
-    log.write_text(''.join(f'{kind}\t{name}\t{planned:.0f}\t{s:.1f}\n' for kind, name, planned, s in rows))
+    write_atomic(log, ''.join(f'{kind}\t{name}\t{planned:.0f}\t{s:.1f}\n' for kind, name, planned, s in rows))
     planned = wall_seconds(progress.jobs, progress.cores)
     text = f"{len(rows)} of {len(progress.jobs)} jobs in {duration(seconds)}"+(f', planned {duration(planned)}'
         if planned else '')

@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from .archives import Files, MissingFile, TarFiles, open_files, read_mat
 from .images import DataError, one_line
-from .shards import cache_folder, encode_png, write_streamed
+from .shards import cache_folder, cached_files, encode_png, write_cached, write_streamed
 from .streams import open_stream
-from .writing import downscale, make_shards, refuse_used_folder
+from .writing import WriteOptions, downscale, make_shards, refuse_used_folder
 
 # %% ../nbs/61_sets.ipynb #afbaad2e
 class ArchivedImage(NamedTuple):
@@ -332,32 +332,30 @@ def shards_from_public(
     source:str|Path,    # folder with the official archive, or that archive, or a folder it was unpacked to
     max_side:int=512,   # longer side, pixels; larger images are downscaled
     quality:int=90,     # of JPEGs that have to be encoded again
-    per_shard:int=1000, # images in each shard but the last
     md5=None,           # checksums, one of which every archive must have; None: the published one; (): not verified
-    progress:bool=True, # show progress bars
-    replace:bool=False, # remove the shards of another manifest
-)->dict:                # split -> images, left_out, skipped, shards
+    **options,          # see `WriteOptions`
+)->dict:                # split -> what `make_shards` says
     "Make shards train-*.tar and test-*.tar of a public set. DataError for damaged, incomplete or other archives."
-    public, source, out = SETS[name], Path(source), Path(out)
+    public, source, out, how = SETS[name], Path(source), Path(out), WriteOptions(**options)
     official = f"{public.title} comes as {', '.join(public.archives)}"
     if not source.exists(): raise DataError(f"{source}: no such file or folder; {official}")
-    archives = _Archives(source, out, md5, progress)
+    archives = _Archives(source, out, md5, how.progress)
     try: listing = public.listing(archives)
     except MissingFile as e: raise DataError(f"{e}; {official}, or unpacked") from None
     for split in ('train', 'test'):
         if not listing.splits[split]: raise DataError(f"{source}: no {split} images of {public.title} in it")
     missing = part_of(public, listing)
-    if md5 is None: missing = _check_published(archives.opened, missing, progress)
+    if md5 is None: missing = _check_published(archives.opened, missing, how.progress)
     if missing: warnings.warn(f"{source}: {missing}", stacklevel=2)
     manifest = dict(kind=name, source=str(source), classes=listing.classes, max_side=max_side, quality=quality,
                     sources=archives.sizes())
     splits = {split: items for split, items in listing.splits.items() if items}
     for split, items in splits.items(): # all folders are checked before the first shard is written
-        refuse_used_folder(out, split, dict(manifest, items=len(items), per_shard=per_shard), replace)
-    return {split: _make_split(out, split, items, listing.files[split], manifest, per_shard, progress, replace)
+        refuse_used_folder(out, split, dict(manifest, items=len(items), per_shard=how.per_shard), how.replace)
+    return {split: _make_split(out, split, items, listing.files[split], manifest, **options)
             for split, items in splits.items()}
 
-def _make_split(out, split, items, files, manifest, per_shard, progress, replace):
+def _make_split(out, split, items, files, manifest, **options):
     "The shards of one split, in a shuffled order that is always the same."
     def make(item):
         sample = {'key': item.key}
@@ -369,16 +367,15 @@ def _make_split(out, split, items, files, manifest, per_shard, progress, replace
         if item.metadata: sample['json'] = json.dumps(item.metadata)
         return sample
     order = np.random.default_rng(0).permutation(len(items))
-    made = make_shards(out, split, [items[i] for i in order], make, manifest, per_shard, progress, replace)
+    made = make_shards(out, split, [items[i] for i in order], make, manifest, **options)
     return dict(made, skipped=[(i.key, reason) for i, reason in made['skipped']])
 
 # %% ../nbs/61_sets.ipynb #3a99b34d
 def shards_from_digits(
     out:str|Path,       # folder of the shards
     test:int=500,       # images kept for testing
-    progress:bool=True, # show progress bars
-    replace:bool=False, # remove the shards of another manifest
-)->dict:                # split -> images, left_out, skipped, shards
+    **options,          # see `WriteOptions`
+)->dict:                # split -> what `make_shards` says
     "Make shards of scikit-learn's handwritten digits. DataError where scikit-learn is not installed."
     try: from sklearn.datasets import load_digits
     except ImportError:
@@ -388,10 +385,11 @@ def shards_from_digits(
     x = np.repeat((x.reshape(-1, 1, 8, 8)*(255/16)).round().astype(np.uint8), 3, 1)
     order = np.random.default_rng(0).permutation(len(y)).tolist()
     make = lambda i: dict(key=f'digit_{i:04d}', image=x[i], cls=int(y[i]))
-    manifest, splits = dict(kind='digits', test=test), dict(train=order[test:], test=order[:test])
+    how, classes = WriteOptions(**options), [str(k) for k in range(10)]
+    manifest, splits = dict(kind='digits', test=test, classes=classes), dict(train=order[test:], test=order[:test])
     for s, ids in splits.items(): # both folders are checked before the first shard is written
-        refuse_used_folder(Path(out), s, dict(manifest, items=len(ids), per_shard=1000), replace)
-    return {s: make_shards(out, s, ids, make, manifest, 1000, progress, replace) for s, ids in splits.items()}
+        refuse_used_folder(Path(out), s, dict(manifest, items=len(ids), per_shard=how.per_shard), how.replace)
+    return {s: make_shards(out, s, ids, make, manifest, **options) for s, ids in splits.items()}
 
 # %% ../nbs/61_sets.ipynb #14d5e4fa
 CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
@@ -405,7 +403,8 @@ def download(
 )->Path:                # in the cache folder
     "Download a file once, to the cache folder. DataError where that fails or the checksum is another."
     path = cache_folder()/url.rsplit('/', 1)[-1]
-    if path.exists() and md5 in (None, file_md5(path, progress)): return path
+    for there in cached_files(path):
+        if there.exists() and md5 in (None, file_md5(there, progress)): return there
     def fetch(f):
         with open_stream(url) as r:
             total = int(r.headers.get('Content-Length') or 0) or None
@@ -417,11 +416,10 @@ def download(
         f.flush()
         if md5 not in (None, got := file_md5(f.name, progress)):
             raise DataError(f"{url}: came with checksum {got}, {md5} expected; try again")
-    try: write_streamed(path, fetch)
+    try: return write_cached(path, lambda path: write_streamed(path, fetch))
     except (OSError, HTTPException) as e:
         raise DataError(f"{url}: cannot be downloaded ({one_line(e)}); "
                         "get it by other means and give the file") from None
-    return path
 
 # %% ../nbs/61_sets.ipynb #37926c14
 def cifar10_images(
@@ -446,15 +444,15 @@ def shards_from_cifar10(
     out:str|Path,               # folder of the shards
     archive:str|Path|None=None, # a copy of cifar-10-binary.tar.gz; None downloads it
     md5:str|None=CIFAR10_MD5,   # checksum the archive must have; None: not verified
-    per_shard:int=10000,        # images in each shard but the last
-    progress:bool=True,         # show progress bars
-    replace:bool=False,         # remove the shards of another manifest
-)->dict:                        # 'train' and 'test': images, left_out, skipped, shards
+    **options,                  # see `WriteOptions`; 10000 images in a shard where it does not say
+)->dict:                        # 'train' and 'test': what `make_shards` says
     "Make shards train-*.tar and test-*.tar of CIFAR-10 as lossless PNG. DataError for another or a damaged archive."
-    path = Path(archive) if archive is not None else download(CIFAR10_URL, md5, progress)
+    options = {'per_shard': 10000} | options
+    how = WriteOptions(**options)
+    path = Path(archive) if archive is not None else download(CIFAR10_URL, md5, how.progress)
     needed = f"the binary version is needed, {CIFAR10_URL}"
     if not path.is_file(): raise DataError(f"{path}: no such file; {needed}")
-    got = file_md5(path, progress)
+    got = file_md5(path, how.progress)
     if md5 not in (None, got): raise DataError(f"{path}: checksum {got}, {md5} expected; {needed}")
     splits = dict(train=[], test=[])
     for split, *item in cifar10_images(path): splits[split].append(item)
@@ -462,5 +460,5 @@ def shards_from_cifar10(
     make = lambda item: dict(key=item[0], png=encode_png(np.ascontiguousarray(item[2])), cls=item[1])
     manifest = dict(kind='cifar10', md5=got, classes=CIFAR10_CLASSES)
     for k, v in splits.items(): # both folders are checked before the first shard is written
-        refuse_used_folder(Path(out), k, dict(manifest, items=len(v), per_shard=per_shard), replace)
-    return {k: make_shards(out, k, v, make, manifest, per_shard, progress, replace) for k, v in splits.items()}
+        refuse_used_folder(Path(out), k, dict(manifest, items=len(v), per_shard=how.per_shard), how.replace)
+    return {k: make_shards(out, k, v, make, manifest, **options) for k, v in splits.items()}

@@ -11,7 +11,6 @@ __all__ = ['PUBLISHED_TABLES', 'HERO', 'GUIDES', 'notebook_of', 'page_of', 'read
            'run_sphinx', 'replace_folder', 'check_report', 'build_report']
 
 # %% ../nbs/78_site.ipynb #2fd14d59
-import fcntl
 import inspect
 import json
 import os
@@ -27,8 +26,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .claims import UNTESTED
-from .files import repo_root
+from .files import WriteError, repo_root, writing
 from .findings import finding_lines
+from .locks import file_lock
 from jepa_nb.report import (
     REPORTED_TIERS, VERDICTS, Notes, ReportError, figures_origin, ledger_pages, read_figure_at_tier, tiers_of,
     try_csv, try_json,
@@ -444,16 +444,18 @@ def build_report(
     root, start = Path(root or repo_root()).resolve(), time.time()
     out = root/out
     check_report(root, out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out): out.parent.mkdir(parents=True, exist_ok=True)
     new, lock = out.with_name(f'.{out.name}.new'), out.with_name(f'.{out.name}.lock')
-    with open(lock, 'w') as f, tempfile.TemporaryDirectory(prefix='jepa_nb-report-') as d:
-        fcntl.flock(f, fcntl.LOCK_EX)
+    with file_lock(lock), tempfile.TemporaryDirectory(prefix='jepa_nb-report-') as d, writing(out):
         shutil.rmtree(new, ignore_errors=True)
         src, html = Path(d)/'src', Path(d)/'html'
         write_source(root, src, Notes(root))
         run_sphinx(src, html, Path(d)/'doctrees')
         (html/'.buildinfo').unlink(missing_ok=True)
-        shutil.copytree(html, new)
+        try: shutil.copytree(html, new)
+        except OSError as e: # copytree lists the errors of single files
+            shutil.rmtree(new, ignore_errors=True)
+            raise WriteError(f"{out}: cannot be written: {e.strerror or e.args[0][0][2]}") from None
         replace_folder(new, out)
     pages = sum(1 for _ in out.rglob('*.html'))
     print(f'report: {out/"index.html"} ({pages} pages, {time.time()-start:.0f} s)')

@@ -23,8 +23,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from .images import MAX_PIXELS, BadImage, DataError, image_size, one_line
 from .recipes import check_data
-from .shards import IMAGE_ENDINGS, MAX_RATIO, group_samples, max_unpacked, read_label, split_name, walk_tar
-from .sources import Source, check_path, is_remote, open_source, shard_files
+from .images import IMAGE_ENDINGS
+from .samples import group_samples, read_label, split_name
+from .shards import MAX_RATIO, max_unpacked
+from .tars import walk_tar
+from .paths import check_path, is_remote, shard_files
+from .sources import Source, open_source
 
 # %% ../nbs/14_streams.ipynb #1e5d3577
 def shard_order(
@@ -242,4 +246,6 @@ def open_data(
     check_data(data)
     remote = data.kind == 'shards' and is_remote(data.path)
     if remote: return Stream(data.path, data.seed, data.replace, data.shuffle)
-    return open_source(data.kind, data.path, data.images, data.side, data.seed, split, cache)
+    source = open_source(data.kind, data.path, data.images, data.side, data.seed, split, cache)
+    source.check_skipped(data.max_skipped)
+    return source

@@ -32,14 +32,15 @@ from jepa_nb.devices import (
     DistContext, StopSignals, gather_loader_state, init_distributed, scatter_loader_state, setup_precision,
     step_generator, to_device, worker_shutdown_guard,
 )
-from .files import RunError, checkpoint_folders, checkpoint_step, read_json, sha256, write_json
+from .files import LogFile, RunError, checkpoint_folders, checkpoint_step, read_json, sha256, write_json
 from .images import DataError
 from .jepa import JEPA, ema_, encode_targets
 from .loader import loader
 from .metrics import check_scores, collapse, rank_scores, rankme
 from .optim import beta_at, lr_at, make_optimizer, weight_decay_at
 from .recipes import ConfigError, load_config, save_config
-from .sources import data_differences, data_fingerprint, expand_path, is_remote, is_size_fingerprint
+from .paths import expand_path, is_remote
+from .sources import data_differences, data_fingerprint, is_size_fingerprint
 from .streams import open_data
 
 # %% ../nbs/35_train.ipynb #5b009399
@@ -133,7 +134,7 @@ def effective_rank_scores(jepa:JEPA, source)->dict:
 MUTABLE_ON_RESUME = (
     'run.steps', 'run.epochs', 'run.epoch_images', 'run.step_images', 'run.keep', 'run.keep_at', 'run.log_every',
     'run.save_every', 'run.rank_every', 'run.rank_images', 'run.lidar_images', 'run.lidar_views', 'run.name',
-    'data.workers')
+    'data.workers', 'data.max_skipped')
 
 def _flat(d:dict, prefix:str='')->dict:
     "Nested settings as `group.name`."
@@ -331,7 +332,7 @@ class RunLogger:
         _remove_leftovers(self.run)
         save_config(self.cfg, self.run/'config.yaml')
         cut_log(self.run/'log.jsonl', state['step'])
-        self.log = open(self.run/'log.jsonl', 'a', buffering=1)
+        self.log = LogFile(self.run/'log.jsonl')
         old_runtime = state.get('facts', self.runtime)
         for k in ('device', 'threads', 'torch'):
             if old_runtime[k] != self.runtime[k]:
@@ -392,7 +393,7 @@ class RunLogger:
         "Write a checkpoint after update `step`."
         self.images += meter.gather()
         if not self.is_main or self.last_saved_step == step: return
-        os.fsync(self.log.fileno())
+        self.log.sync()
         state = dict(step=step+1, images=self.images, seconds=self.clock(), data=self.data, planner=planner,
                      meter=meter.state(), facts=self.runtime, **self.start)
         self.last_checkpoint, self.last_saved_step = save_checkpoint(self.run, jepa, opt, self.cfg, state), step

@@ -152,14 +152,6 @@ def test_bad_members(tmp_path):
     for i, k in enumerate(s.keys):
         if k != 'broken': s.image(i)
 
-@pytest.mark.parametrize('label', [dict(cls='cat'), dict(cls='1.5'), dict(cls=''), dict(cls='9'*400),
-                                   dict(json='{"label": 1.5}'),
-                                   dict(json='{"label": true}'), dict(json='{"label"'), dict(json='['*9999)])
-def test_bad_labels_stop(tmp_path, label):
-    write_shard(tmp_path/'a.tar', [*samples(2), dict(key='odd', jpg=file(), **label)])
-    with pytest.raises(DataError, match=r'a\.tar: odd\.(cls|json): ') as e: open_source('shards', str(tmp_path/'a.tar'))
-    assert '\n' not in str(e.value) and len(str(e.value)) < 400
-
 def test_other_tars(tmp_path):
     long = 'd'*70+'/'+'k'*150
     for n, form in enumerate((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
@@ -202,6 +194,7 @@ def test_cache(tmp_path, monkeypatch):
     assert len(shard_index(tmp_path/'a.tar')['keys']) == 7
     (tmp_path/'file').write_text('')
     monkeypatch.setenv('JEPA_NB_CACHE', str(tmp_path/'file'))
+    monkeypatch.setattr(shards.tempfile, 'gettempdir', lambda: str(tmp_path/'none')) # nor are there temporary files
     assert len(shard_index(tmp_path/'a.tar')['keys']) == 7
     with pytest.raises(DataError, match='JEPA_NB_CACHE'): plain_tar(tmp_path/'b.tar.gz')
 
