@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUP_TIMEOUT', 'StopSignals', 'worker_shutdown_guard', 'DistContext', 'pick_device', 'init_distributed',
            'gather_loader_state', 'scatter_loader_state', 'matmul_error', 'multiplies_bfloat16', 'setup_precision',
-           'step_generator', 'to_device']
+           'step_generator', 'to_device', 'share_rows']
 
 # %% ../nbs/34_devices.ipynb #2ea3d4c9
 import os
@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .checkpoint import warn
+from .conditioning import RankGenerator
 from .config import Config
 from .files import RunError
 from .recipes import ConfigError
@@ -177,3 +178,11 @@ def to_device(pack, device):
     "Return a `Pack` with every tensor on `device`."
     if isinstance(pack, Tensor): return pack.to(device, non_blocking=True)
     return type(pack)(*(to_device(x, device) for x in pack))
+
+def share_rows(
+    g:torch.Generator, # that all processes seed alike
+    ctx:DistContext,
+    rows:int,          # of a batch, over all processes
+):                     # torch.Generator, or RankGenerator: see `row_uniforms`
+    "The generator of this process's rows."
+    return g if ctx.world == 1 else RankGenerator(g, ctx.rank, ctx.world, rows//ctx.world)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORES', 'rankme', 'scatter', 'lidar', 'some_images', 'random_views', 'evaluating', 'pooled_features', 'pad_lists',
            'pad_blocks', 'lidar_config', 'view_batches', 'whole_views', 'context_views', 'check_scores', 'batch_tokens',
-           'square_features', 'rank_scores', 'kendall', 'collapse']
+           'square_features', 'rank_scores', 'kendall', 'collapse', 'collapse_signs']
 
 # %% ../nbs/31_metrics.ipynb #6ec25a36
 from collections.abc import Iterable, Iterator
@@ -307,3 +307,20 @@ def collapse(
     n = z.shape[0]
     s = torch.nn.functional.normalize(z, dim=1).sum(0)
     return dict(std=z.std(0).mean().item(), cosine=((s@s - n) / (n*(n-1))).item())
+
+def collapse_signs(
+    z:Tensor,   # [n d] features, one row each; no padding
+    total=None, # function that sums a tensor over processes, in place; None: one process has all rows
+)->dict:        # rankme, feature_std, feature_cosine
+    "RankMe, spread and mean cosine of features, whose rows may be divided over processes."
+    if total is None: return dict(rankme=rankme(z), **{f'feature_{k}':v for k, v in collapse(z).items()})
+    z, d = z.detach().double(), z.shape[1]
+    unit = torch.nn.functional.normalize(z, dim=1).sum(0)
+    sums = total(torch.cat(((z.T@z).flatten(), z.sum(0), unit, z.new_tensor([len(z)]))))
+    if not sums.isfinite().all(): return dict.fromkeys(('rankme', 'feature_std', 'feature_cosine'), float('nan'))
+    products, mean, unit, n = sums[:d*d].view(d, d), sums[d*d:-d-1]/sums[-1], sums[-d-1:-1], int(sums[-1])
+    std = ((products.diagonal() - n*mean**2)/(n-1)).clamp(min=0).sqrt().mean()
+    s = torch.linalg.eigvalsh(products)[-min(n, d):].clamp(min=0).sqrt()
+    p = s/s.sum() + 1e-7
+    return dict(rankme=0. if s.sum() == 0 else (-(p*p.log()).sum()).exp().item(), feature_std=std.item(),
+                feature_cosine=((unit@unit - n)/(n*(n-1))).item())

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MUTABLE_ON_RESUME', 'Meter', 'collapse_metrics', 'effective_rank_scores', 'check_same_config', 'skip_to_next_epoch',
-           'check_same_start', 'init_or_resume', 'optimizer_step', 'FiniteGuard', 'is_finished', 'RunLogger', 'train']
+           'check_same_start', 'init_or_resume', 'compute_gradients', 'gradient_norm', 'apply_update', 'is_finished',
+           'RunLogger', 'train']
 
 # %% ../nbs/35_train.ipynb #4b0bbdf3
 import json
@@ -29,13 +30,13 @@ from jepa_nb.checkpoint import (
 from .config import Config
 from jepa_nb.devices import (
     DistContext, StopSignals, gather_loader_state, init_distributed, scatter_loader_state, setup_precision,
-    step_generator, to_device, worker_shutdown_guard,
+    share_rows, step_generator, to_device, worker_shutdown_guard,
 )
 from .files import RunError, checkpoint_folders, checkpoint_step, sha256, write_json
 from .jepa import JEPA, ema_, encode_targets
 from .loader import loader
-from .metrics import check_scores, collapse, rank_scores, rankme
-from .optim import beta_at, lr_at, make_optimizer, weight_decay_at
+from .metrics import check_scores, collapse_signs, rank_scores
+from .optim import FiniteGuard, beta_at, lr_at, make_optimizer, optimizer_step, weight_decay_at
 from .recipes import load_config, save_config
 from .sources import data_fingerprint
 from .streams import open_data
@@ -57,6 +58,7 @@ class Meter:
         self.counts = list(s.get('tokens', (0, 0, 0)))
         self.fill_rate, self.skipped, self.images = s['used'], s['skipped'], 0
         self.reported = set()
+        self.fits = [] # of several processes: what `PredictorRows.fit_share` is a quotient of, for every batch
 
     def add(self,
         out,      # of the model, see `jepa`
@@ -66,7 +68,12 @@ class Meter:
         "Add one batch, and print which images were skipped."
         a = out.aux
         moe = 0. if a['moe_loss'] is None else a['moe_loss']
-        v = (n, a['pred_loss']*n, moe*n, 1, a['kept_context'], a['kept_target'])
+        fit = a['kept_context'], a['kept_target']
+        if self.ctx.world > 1: # a mean over processes, weighted by windows
+            self.fits.append(torch.stack([torch.as_tensor(x, device=self.sums.device).to(self.sums.dtype)
+                                          for f, m in zip(fit, a['rows'].selected) for x in (f*m, m)]))
+            fit = 0, 0
+        v = (n, a['pred_loss']*n, moe*n, 1, *fit)
         self.sums += torch.stack([torch.as_tensor(x, device=self.sums.device).detach().to(self.sums.dtype) for x in v])
         self.fill_rate += batch.fill_rate
         self.skipped += len(batch.skipped)
@@ -85,6 +92,10 @@ class Meter:
             totals = torch.tensor(totals, dtype=torch.float64, device=self.ctx.device)
             self.ctx.sum(self.sums)
             self.ctx.sum(totals)
+            if self.fits:
+                fits = self.ctx.sum(torch.stack(self.fits))
+                self.sums[4:] += self.ctx.world*(fits[:, ::2]/fits[:, 1::2]).sum(0)
+                self.fits = []
             self.fill_rate, (self.skipped, self.images, *self.counts) = totals[0].item(), map(int, totals[1:])
         images, self.images = self.images, 0
         if self.ctx.rank: # the other ranks reset
@@ -114,13 +125,15 @@ def collapse_metrics(
     jepa:JEPA, # its teacher is measured
     pack,      # a batch, on the device
     amp,       # autocast context of the run
+    ctx:DistContext, # the rows of all processes are measured
 )->dict:       # rankme, feature_std, feature_cosine
     "RankMe, spread and mean cosine of the teacher's features at the targets of a batch."
     mode = jepa.teacher.training
     jepa.teacher.eval()  # training mode would update the MoE thresholds
-    with amp: z = encode_targets(jepa, pack, g=torch.Generator(pack.target.device).manual_seed(0))[pack.target >= 0]
+    g = share_rows(torch.Generator(pack.target.device).manual_seed(0), ctx, jepa.cfg.pack.rows)
+    with amp: z = encode_targets(jepa, pack, g=g)[pack.target >= 0]
     jepa.teacher.train(mode)
-    return dict(rankme=rankme(z), **{f'feature_{k}':v for k, v in collapse(z).items()})
+    return collapse_signs(z, ctx.sum if ctx.world > 1 else None)
 
 def effective_rank_scores(jepa:JEPA, source)->dict:
     "The four effective-rank scores of `metrics`, on as many images as `cfg.run` says."
@@ -209,36 +222,50 @@ def init_or_resume(
     return jepa, opt, state
 
 # %% ../nbs/35_train.ipynb #9c7b0635
-def optimizer_step(
-    opt:torch.optim.Optimizer,    # fused; its groups are those of `param_groups`
-    lr:float,                     # learning rate
-    grad_scale:Tensor,            # [] divisor of the summed gradients
-    found_inf:Tensor,             # [] bool; True: skip the update
-    weight_decay:float|None=None, # of the group that decays; None: as before
-):
-    "Make one update of AdamW and clear the gradients."
-    for group in opt.param_groups:
-        group['lr'] = lr
-        if weight_decay is not None and group['decays']: group['weight_decay'] = weight_decay
-    # fused AdamW divides gradients by grad_scale and skips the step where found_inf
-    opt.grad_scale, opt.found_inf = grad_scale.float(), found_inf.float()
-    opt.step()
-    opt.zero_grad(set_to_none=True)
+def compute_gradients(
+    model:nn.Module, # JEPA, or what wraps it
+    batches,         # of `loader`; the next `run.accumulate` are taken
+    cfg:Config,
+    ctx:DistContext,
+    amp,             # autocast context of the run
+    step:int,        # index of the update
+    observe,         # called with output, scored tokens and batch, for each of the batches
+)->tuple[Tensor,Tensor,object,object]: # [] scored tokens and [] summed loss, over all processes; last batch and pack
+    "Add up the gradients of one update; they are still to be divided by the number of scored tokens."
+    n, loss = torch.zeros(2, device=ctx.device)
+    for k in range(cfg.run.accumulate):
+        batch = next(batches)
+        pack, g = to_device(batch.pack, ctx.device), step_generator(ctx.device, cfg.run.seed, step, k, 0)
+        is_last = k+1 == cfg.run.accumulate
+        with nullcontext() if ctx.world == 1 or is_last else model.no_sync():
+            with amp: o = model(pack, share_rows(g, ctx, cfg.pack.rows))
+            scored = o.aux['scored']
+            (o.loss*scored).backward()
+        n, loss = n+scored, loss+o.loss.detach()*scored
+        observe(o, scored, batch)
+    return ctx.sum(n).clamp(min=1), ctx.sum(loss), batch, pack
 
-class FiniteGuard:
-    "Remember, on the device, the first update with a non-finite value."
-    def __init__(self, device): self.first = torch.full((), -1, device=device)
-    def observe(self, step:int, *values)->Tensor:
-        "Return a bool tensor that stays True once any value has been non-finite."
-        is_finite = torch.stack([v.detach().float() for v in values]).isfinite().all()
-        self.first = torch.where((self.first < 0) & ~is_finite, step, self.first)
-        return self.first >= 0
-    def check(self, run):
-        "Raise RunError if there was such an update. Reads from the device."
-        if (step := self.first.item()) >= 0:
-            raise RunError(f"{run}: the loss or its gradient was non-finite in update {step+1}; "
-                           "that update was skipped; the newest checkpoint is from before it; "
-                           "a lower optim.lr or longer optim.warmup may help")
+def gradient_norm(
+    jepa:JEPA,
+    n:Tensor,  # [] scored tokens, over all processes
+    world:int, # number of processes, over which gradients are means
+)->Tensor:     # []
+    "Norm of the gradient of the mean loss over scored tokens."
+    return nn.utils.get_total_norm([p.grad for p in jepa.parameters() if p.grad is not None])*world/n
+
+def apply_update(
+    jepa:JEPA,
+    opt:torch.optim.Optimizer,
+    step:int,         # index of the update
+    divisor:Tensor,   # [] of the gradients
+    found_inf:Tensor, # [] bool; True: change nothing
+):
+    "One step of the optimiser and one of the teacher, at the values that the schedules have for `step`."
+    o, steps = jepa.cfg.optim, jepa.cfg.run.steps
+    optimizer_step(opt, lr_at(step, o, steps), divisor, found_inf, weight_decay_at(step, o, steps))
+    skip = None if found_inf.device.type == 'cpu' else found_inf # on a CPU the run has ended by now
+    ema_(jepa.teacher, jepa.encoder, beta_at(step, jepa.cfg.teacher, o.stretch*steps), skip)
+
 
 # %% ../nbs/35_train.ipynb #b2728181
 def is_finished(
@@ -313,10 +340,10 @@ class RunLogger:
     ):
         "Log one record; compute the periodic metrics when scheduled."
         self.images += meter.gather()
-        if not self.is_main: return
         r, o, end = self.cfg.run, self.cfg.optim, self.cfg.run.steps
         is_due = lambda every: (step+1)%every == 0 or step+1 == end
-        metrics = collapse_fn() if not r.metrics_every or is_due(r.metrics_every) else {}
+        metrics = collapse_fn() if not r.metrics_every or is_due(r.metrics_every) else {} # by all processes together
+        if not self.is_main: return
         rate = (self.images-self.log_images)/(time.perf_counter()-self.log_time)
         ranks = dict(ranks=scores_fn() if is_due(r.rank_every) else None) if r.rank_every else {}
         self.log_time, self.log_images = time.perf_counter(), self.images
@@ -402,32 +429,19 @@ def train(
         if ctx.world > 1: model = nn.parallel.DistributedDataParallel(model)
         meter, guard = Meter(ctx, state['meter']), FiniteGuard(device)
         logger = RunLogger(run, cfg, ctx, state, runtime, progress)
-        steps, stretched = cfg.run.steps, cfg.optim.stretch*cfg.run.steps
+        steps = cfg.run.steps
 
         for step in range(state['step'], steps):
-            n, loss = torch.zeros(2, device=device)
-            for k in range(cfg.run.accumulate):
-                batch = next(batches)
-                pack = to_device(batch.pack, device)
-                is_last = k+1 == cfg.run.accumulate
-                with nullcontext() if ctx.world == 1 or is_last else model.no_sync():
-                    with amp: o = model(pack, step_generator(device, cfg.run.seed, step, k, ctx.rank))
-                    scored = o.aux['scored']
-                    (o.loss*scored).backward()
-                n, loss = n+scored, loss+o.loss.detach()*scored
-                meter.add(o, scored, batch)
-            n, loss = ctx.sum(n).clamp(min=1), ctx.sum(loss)
-            norm = nn.utils.get_total_norm([p.grad for p in jepa.parameters() if p.grad is not None])*ctx.world/n
+            n, loss, batch, pack = compute_gradients(model, batches, cfg, ctx, amp, step, meter.add)
+            norm = gradient_norm(jepa, n, ctx.world)
             found_inf = guard.observe(step, loss, norm)
             if device.type == 'cpu': guard.check(run)
-            optimizer_step(opt, lr_at(step, cfg.optim, steps), n/ctx.world, found_inf,
-                           weight_decay_at(step, cfg.optim, steps))
-            ema_(jepa.teacher, jepa.encoder, beta_at(step, cfg.teacher, stretched))
+            apply_update(jepa, opt, step, n/ctx.world, found_inf)
 
             last, stopping = step+1 == steps, logger.stop_signal(step, stop)
             if last or (step+1)%cfg.run.log_every == 0:
                 guard.check(run)
-                logger.log_step(step, meter, norm, lambda: collapse_metrics(jepa, pack, amp),
+                logger.log_step(step, meter, norm, lambda: collapse_metrics(jepa, pack, amp, ctx),
                             lambda: effective_rank_scores(jepa, source))
             if last or stopping or (step+1)%cfg.run.save_every == 0 or step+1 in cfg.run.keep_at:
                 guard.check(run)
