@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_DECAY', 'half_cosine', 'lr_at', 'beta_at', 'weight_decay_at', 'param_groups', 'make_optimizer', 'optimizer_step',
-           'FiniteGuard']
+           'gradient_norm', 'apply_update', 'FiniteGuard']
 
 # %% ../nbs/32_optim.ipynb #71da9bb6
 import math
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .config import OptimConfig, TeacherConfig
 from .files import RunError
+from .jepa import JEPA, ema_
 
 # %% ../nbs/32_optim.ipynb #090d36f2
 def half_cosine(
@@ -108,6 +109,27 @@ def optimizer_step(
     opt.step()
     opt.zero_grad(set_to_none=True)
 
+def gradient_norm(
+    jepa:JEPA,
+    n:Tensor,  # [] scored tokens, over all processes
+    world:int, # number of processes, over which gradients are means
+)->Tensor:     # []
+    "Norm of the gradient of the mean loss over scored tokens."
+    return nn.utils.get_total_norm([p.grad for p in jepa.parameters() if p.grad is not None])*world/n
+
+def apply_update(
+    jepa:JEPA,
+    opt:torch.optim.Optimizer,
+    step:int,         # index of the update
+    divisor:Tensor,   # [] of the gradients
+    found_inf:Tensor, # [] bool; True: change nothing
+):
+    "One step of the optimiser and one of the teacher, at the values that the schedules have for `step`."
+    o, steps = jepa.cfg.optim, jepa.cfg.run.steps
+    optimizer_step(opt, lr_at(step, o, steps), divisor, found_inf, weight_decay_at(step, o, steps))
+    skip = None if found_inf.device.type == 'cpu' else found_inf # on a CPU the run has ended by now
+    ema_(jepa.teacher, jepa.encoder, beta_at(step, jepa.cfg.teacher, o.stretch*steps), skip)
+
 class FiniteGuard:
     "Remember, on the device, the first update with a non-finite value."
     def __init__(self, device): self.first = torch.full((), -1, device=device)
@@ -116,9 +138,10 @@ class FiniteGuard:
         is_finite = torch.stack([v.detach().float() for v in values]).isfinite().all()
         self.first = torch.where((self.first < 0) & ~is_finite, step, self.first)
         return self.first >= 0
-    def check(self, run):
-        "Raise RunError if there was such an update. Reads from the device."
+    def check(self, run, capture=lambda step: ''):
+        """Raise RunError if there was such an update; `capture` is called with its index and returns what the message
+        ends with. Reads from the device."""
         if (step := self.first.item()) >= 0:
             raise RunError(f"{run}: the loss or its gradient was non-finite in update {step+1}; "
                            "that update was skipped; the newest checkpoint is from before it; "
-                           "a lower optim.lr or longer optim.warmup may help")
+                           f"a lower optim.lr or longer optim.warmup may help{capture(step)}")
