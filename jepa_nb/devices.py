@@ -174,6 +174,16 @@ def scatter_loader_state(
     return ranks[ctx.rank]
 
 # %% ../nbs/34_devices.ipynb #6835e8a5
+def _loader_processes()->str:
+    "The loader's processes for a message: those that are stopped or wait for a disk, or else all."
+    pids, stuck = [p.pid for p in multiprocessing.active_children()], []
+    for pid in pids:
+        try: state = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0]
+        except OSError: continue # it has ended, or this is not Linux
+        doing = dict(T='is stopped', t='is stopped', D='waits for a disk').get(state)
+        if doing: stuck.append(f'loader process {pid}, which {doing}')
+    return f" of {', '.join(stuck) or f'loader processes {pids}'}" if pids else ''
+
 class Watchdog:
     "End this process, with one line, where the run has made no progress for `timeout` seconds."
     def __init__(self,
@@ -195,7 +205,11 @@ class Watchdog:
         self.stage, self.since = stage, time.monotonic()
 
     def over(self, batches):
-        "Yield batches; waiting for one, and what is done with it, are watched."
+        "Yield batches; waiting for one, and what is done with it, are watched from now on."
+        self.mark('making an update')
+        return self._over(batches)
+
+    def _over(self, batches):
         while True:
             self.mark('waiting for a batch')
             try: batch = next(batches)
@@ -212,7 +226,7 @@ class Watchdog:
     def _watch(self):
         while not self.left.wait(self.interval):
             if self.ctx.world > 1: self._ask(self._publish)
-            is_late = self.stage and time.monotonic()-self.since > 1.1*self.timeout
+            is_late = self.stage and time.monotonic()-self.since > 1.1*self.timeout+2 # the loader's own limit is first
             if is_late and (why := self._cause()): self._end(*why)
 
     def _ask(self, f):
@@ -238,7 +252,7 @@ class Watchdog:
     def _cause(self)->tuple|None:
         "What is waited for, and the process to end with this one, if it is on this machine; None: others are at work."
         me = f'rank {self.ctx.rank}' if self.ctx.world > 1 else f'process {os.getpid()}'
-        mine = f"{me} was {self.stage}", None
+        mine = f"{me} was {self.stage}{_loader_processes() if self.stage == 'waiting for a batch' else ''}", None
         if self.ctx.world == 1 or self.stage == 'waiting for a batch': return mine
         before = self._ask(self._others)
         if self.left.wait(2.5*self.interval): return None
