@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from .config import AugmentConfig
 from .images import BadImage, DataError, to_rgb
@@ -216,6 +217,8 @@ def _from_workers(dataset, name, cfg, workers, **sampler):
             if 'timed out' not in str(e): raise
             k = batches._task_info[batches._rcvd_idx][0]
             pid = batches._workers[k].pid
+            signal_handling._remove_worker_pids(id(batches)) # else torch raises an error about their end
+            batches._worker_pids_set = False
             for w in batches._workers: w.kill() # one that is stopped would not end otherwise
             raise DataError(f"{name}: loader process {k} (process {pid}) has given no batch for {timeout:g} s; "
                             "run.timeout sets this limit, and data.workers=0 reads in the main process") from None

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -206,7 +207,8 @@ class RunLogger:
         self.start = {k:state[k] for k in ('begun_from',) if k in state}
         self.last_saved_step = self.last_checkpoint = self.bar = None
         self.print_progress, self.is_main = False, ctx.rank == 0
-        self.recent, self.buffers = [(state['step']-1, (), state['planner'])], []
+        self.recent = deque([(state['step']-1, (), state['planner'])], cfg.run.accumulate*(cfg.run.log_every+2))
+        self.buffers = []
         if not self.is_main: self.images = 0
         self.clock_time = self.log_time = time.perf_counter()
         self.log_images = self.images
@@ -286,8 +288,7 @@ class RunLogger:
         buffers = [b for n, b in jepa.named_buffers() if n in stored] # the forward pass may change them
         for i, batch in enumerate(batches):
             if i%each == 0 and self.ctx.device.type == 'cpu': self.buffers = [(b, b.clone()) for b in buffers]
-            self.recent = [*self.recent[-each*(self.cfg.run.log_every+1):],
-                           (first+1+i//each, batch.dataset_index.tolist(), batch.state)]
+            self.recent.append((first+1+i//each, batch.dataset_index.tolist(), batch.state))
             yield batch
 
     def capture(self,

@@ -1,6 +1,7 @@
 """What a run does when it is stopped, meets NaN or hangs, and how one of its updates is looked at afterwards."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,10 +19,12 @@ import jepa_nb.jepa
 from jepa_nb.checkpoint import open_run, read_log, verify_checkpoint
 from jepa_nb.cli import main
 from jepa_nb.devices import STOP_SIGNALS
+from jepa_nb.diagnosis import diagnose
 from jepa_nb.files import RunError, checkpoint_folders, sha256
 from jepa_nb.images import DataError
 from jepa_nb.loader import loader
-from jepa_nb.recipes import save_config
+from jepa_nb.metrics import collapse_state
+from jepa_nb.recipes import make_config, save_config
 from jepa_nb.replay import replay, replay_start
 from jepa_nb.streams import open_data
 from jepa_nb.train import train
@@ -29,6 +32,11 @@ from jepa_nb.train import train
 BLOCKS = ('masks.kind=multiblock', 'pack.image=128', 'pack.context=80', 'pack.target=96')
 CONDITIONED = (*BLOCKS, 'condition.kind=shuffled')
 EXPERTS = ('encoder.mlp=diffmoe', 'encoder.experts=4', 'objective.teacher_routing=training')
+
+def is_gone(pid):
+    "Whether a process has ended; who should ask for its exit code may have ended too."
+    stat = Path(f'/proc/{pid}/stat')
+    return not stat.exists() or stat.read_text().rpartition(')')[2].split()[0] == 'Z'
 
 def verb(capsys, *words):
     "A command line in this process: exit code, and what it said."
@@ -196,7 +204,7 @@ def test_a_loader_process_that_is_stopped_is_named(tmp_path):
     assert p.returncode == 1 and 'Traceback' not in err, err
     assert f'loader process {children[-1]}, which is stopped' in err or \
            f'(process {children[-1]}) has given no batch for 1 s' in err, err
-    assert not Path(f'/proc/{children[-1]}').exists()
+    assert is_gone(children[-1])
 
 class Sleepy:
     "Images of which one never comes."
@@ -285,3 +293,66 @@ def test_deterministic_mode_changes_nothing_on_a_cpu_and_names_what_it_forbids(t
         train(tiny('run.deterministic=true'), tmp_path/'c', progress=False)
     assert len(str(e.value).splitlines()) == 1 and not torch.are_deterministic_algorithms_enabled()
     train(tiny(), tmp_path/'c', progress=False) # the mode may change, and put_ is no error then
+
+# ---- collapse
+
+SHORT = dict(
+    data=dict(images=64, side=32), scale=dict(min_side=4, max_side=8), pack=dict(rows=2, context=64, target=104, pool=8),
+    encoder=dict(patch=4, dim=32, depth=1, heads=2, norm_out='layernorm'), predictor=dict(dim=16, depth=1, heads=2),
+    optim=dict(lr=1e-3, warmup=10), teacher=dict(warmup=20, steady=.99, ramp=1000),
+    run=dict(steps=100, save_every=100, log_every=5, threads=1, device='cpu'))
+NO_AVERAGE = ('teacher.start=0', 'teacher.steady=0', 'teacher.end=0')
+
+def with_gradient(jepa, pack, g=None, attention='auto'):
+    "The forward pass of a model whose targets are the student's own features, with gradient."
+    z = jepa_nb.jepa.gather_tokens(pack.image._replace(x=jepa.encoder(pack.image, attention)), pack.target).x
+    return jepa_nb.jepa.jepa_loss(jepa_nb.jepa.predict(jepa, pack, g, attention, target_features=z))
+
+@pytest.mark.parametrize('words, states, says', [
+    ((), {'healthy', 'undertrained'}, 'rankme'),
+    (('gradient', *NO_AVERAGE), {'collapsed'}, 'feature_cosine'),
+    (('optim.lr=.03', 'optim.lr_start=.003'), {'collapsing', 'collapsed'}, 'the learning rate was up to 0.03'),
+    (NO_AVERAGE, {'undertrained', 'collapsing', 'collapsed'}, 'beta 0'),
+    (('masks.keep_min=.01', 'masks.keep_max=.02', 'pack.target=256'), {'undertrained'}, 'a context has 4.0 tokens')],
+    ids=['healthy', 'gradient', 'rate', 'average', 'context'])
+def test_runs_that_were_broken_on_purpose(tmp_path, monkeypatch, capsys, words, states, says):
+    if 'gradient' in words: monkeypatch.setattr(jepa_nb.jepa.JEPA, 'forward', with_gradient)
+    cfg = make_config(SHORT, [w for w in words if w != 'gradient'])
+    run = train(cfg, tmp_path/'run', progress=False)
+    warned = [line for line in capsys.readouterr().err.splitlines() if 'WARNING' in line]
+    code, out, err = verb(capsys, 'doctor', run)
+    state, = re.findall(r'run: (\w+)\n', out)
+    assert code == 0 and state in states and says in out, out
+    assert len(warned) == (state in ('collapsing', 'collapsed')), warned
+    assert all('at step' in line and f'`jepa_nb doctor {run}`' in line for line in warned)
+
+def test_the_warning_is_given_once(tmp_path, monkeypatch, capsys):
+    import jepa_nb.train as module
+    values = zip([20.]*4+[2.]*16, [.5]*4+[.99]*16)
+    signs = iter([dict(rankme=r, feature_std=.5, feature_cosine=c) for r, c in values])
+    monkeypatch.setattr(module, 'collapse_metrics', lambda *a: next(signs))
+    words = ('run.log_every=1', 'run.save_every=1')
+    said = []
+    for steps in (5, 8, 10): # it goes on twice
+        train(tiny(f'run.steps={steps}', *words), tmp_path/'run', progress=False)
+        said.append([line for line in capsys.readouterr().err.splitlines() if 'collaps' in line])
+    assert [len(x) for x in said] == [0, 1, 0] and 'at step 6' in said[1][0], said
+
+def test_healthy_logs_never_cross():
+    "The committed logs at every line, the early dip included, and what the doctor says in the end."
+    logs = sorted(p.parent for p in (ROOT/'figures').glob('*/checkpoints/*/*/log.jsonl'))
+    assert len(logs) > 20
+    for run in logs:
+        log = read_log(run)
+        columns = [log[k] for k in ('rankme', 'feature_std', 'feature_cosine', 'loss')]
+        crossed = [n for n in range(1, len(log['step'])+1) if collapse_state(*(c[:n] for c in columns))[0]]
+        assert not crossed and diagnose(run).state == 'healthy', run
+
+def test_what_the_doctor_refuses(tmp_path, capsys):
+    (tmp_path/'old').mkdir()
+    (tmp_path/'old/log.jsonl').write_text('{"step": 1, "loss": 1.0}\n')
+    (tmp_path/'empty').mkdir()
+    (tmp_path/'empty/log.jsonl').write_text('')
+    for run, says in (('none', 'no log'), ('old', 'no column rankme'), ('empty', 'no column step')):
+        code, out, err = verb(capsys, 'doctor', tmp_path/run)
+        assert code == 1 and says in err and len(err.strip().splitlines()) == 1, err
