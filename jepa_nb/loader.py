@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from .config import AugmentConfig
 from .images import BadImage, DataError, to_rgb
@@ -204,11 +205,29 @@ class _PlanDecoder:
 
 def _identity(x): return x
 
+def _from_workers(dataset, name, cfg, workers, **sampler):
+    "What loader processes make. Raises DataError, which names the process, where one takes too long."
+    timeout = cfg.run.timeout
+    batches = iter(DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_identity, timeout=timeout,
+                              **sampler))
+    while True:
+        try: batch = next(batches)
+        except StopIteration: return
+        except RuntimeError as e:
+            if 'timed out' not in str(e): raise
+            k = batches._task_info[batches._rcvd_idx][0]
+            pid = batches._workers[k].pid
+            signal_handling._remove_worker_pids(id(batches)) # else torch raises an error about their end
+            batches._worker_pids_set = False
+            for w in batches._workers: w.kill() # one that is stopped would not end otherwise
+            raise DataError(f"{name}: loader process {k} (process {pid}) has given no batch for {timeout:g} s; "
+                            "run.timeout sets this limit, and data.workers=0 reads in the main process") from None
+        yield batch
+
 def _batches(decoder, planner, workers):
     "Batches in the order of the plan."
     batches = map(decoder.__getitem__, planner)
-    if workers:
-        batches = DataLoader(decoder, sampler=planner, batch_size=None, num_workers=workers, collate_fn=_identity)
+    if workers: batches = _from_workers(decoder, decoder.source.name, decoder.cfg, workers, sampler=planner)
     for batch in batches:
         if isinstance(batch, DataError): raise batch
         yield batch
@@ -303,8 +322,7 @@ def _streamed(stream, cfg, rank, world, state, workers):
     stream = copy(stream)
     stream.rank, stream.world, stream.seed = rank, world, cfg.run.seed
     packer = _StreamPacker(stream, cfg, cfg.pack.rows//world, state)
-    if workers: packer = DataLoader(packer, batch_size=None, num_workers=workers, collate_fn=_identity)
-    return _with_state(packer, state)
+    return _with_state(_from_workers(packer, stream.name, cfg, workers) if workers else packer, state)
 
 def _with_state(batches, state):
     "Batches with the state of all workers, instead of their own worker's alone."
