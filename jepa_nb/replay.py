@@ -19,7 +19,7 @@ from .files import RunError, checkpoint_folders, checkpoint_step, new_file, sha2
 from .loader import loader
 from .optim import apply_update, gradient_norm, make_optimizer
 from .recipes import load_config
-from .sources import data_fingerprint
+from .sources import data_differences, data_fingerprint
 from .streams import open_data
 from .train import check_same_config, compute_gradients
 
@@ -96,7 +96,7 @@ def replay(
     check_same_config(run, old, cfg)
     ctx = DistContext(0, 1, pick_device(cfg.run.device))
     source, runtime = open_data(cfg.data), setup_precision(cfg, ctx.device)
-    if state['data'] is not None and data_fingerprint(source) != state['data']:
+    if state['data'] is not None and data_differences(state['data'], data_fingerprint(source)):
         raise RunError(f"{run}: the images have changed since it was begun, so its updates cannot be made again")
     if 'ranks' in (state['planner'] or {}):
         raise RunError(f"{run}: several processes read a stream, each its own part; one process cannot repeat that")
