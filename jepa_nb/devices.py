@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STOP_SIGNALS', 'NO_ROOM', 'LOST_WORKER', 'LOST_PROCESS', 'CUBLAS_WORKSPACES', 'GROUP_TIMEOUT', 'StopSignals',
            'run_guard', 'use_deterministic', 'no_room', 'DistContext', 'pick_device', 'init_distributed',
-           'gather_loader_state', 'scatter_loader_state', 'Watchdog', 'Meter', 'matmul_error', 'multiplies_bfloat16',
-           'setup_precision', 'step_generator', 'to_device', 'share_rows']
+           'gather_loader_state', 'scatter_loader_state', 'Watchdog', 'Meter', 'check_resumable', 'matmul_error',
+           'multiplies_bfloat16', 'setup_precision', 'step_generator', 'to_device', 'share_rows']
 
 # %% ../nbs/34_devices.ipynb #2ea3d4c9
 import json
@@ -20,13 +20,15 @@ import threading
 import time
 import warnings
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from .checkpoint import warn
@@ -370,6 +372,57 @@ class Meter:
         return dict(loss=loss/max(n, 1), moe_loss=moe/max(n, 1), kept_context=context/max(batches, 1),
                     kept_target=target/max(batches, 1), context_tokens=context_tokens/max(images, 1),
                     target_tokens=target_tokens/max(images, 1), used=fill_rate, skipped=self.skipped)
+
+# %% ../nbs/34_devices.ipynb #104b8a76
+_Number = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
+
+@dataclass
+class _SavedMeter: # see `Meter.state`
+    sums:Annotated[list[float], Field(min_length=6, max_length=6)]
+    used:float
+    skipped:_Number
+    tokens:Annotated[list[_Number], Field(min_length=3, max_length=3)] = (0, 0, 0)
+
+@dataclass
+class _SavedPlan: # see `Planner.state`
+    next_draw:_Number
+    pool:list[_Number]
+    images:_Number
+
+@dataclass
+class _SavedFacts: # see `setup_precision`
+    device:str
+    threads:int
+    torch:str
+    processes:_Number = 1
+
+@dataclass
+class _SavedState:
+    images:_Number
+    seconds:Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    data:str|None
+    planner:dict|None
+    meter:_SavedMeter|None
+    facts:_SavedFacts|None = None
+    begun_from:str|None = None
+
+def check_resumable(
+    folder:Path, # checkpoint, for the message
+    state:dict,  # as read, its checksum is right
+):
+    "Raise RunError where a state has not the entries that a run goes on from, of the right kinds."
+    if lacks := {'images', 'seconds', 'data', 'planner', 'meter'}-set(state):
+        raise RunError(f"{folder}: its state.json has no {', '.join(sorted(lacks))}; a run cannot go on from it")
+    try:
+        TypeAdapter(_SavedState).validate_python(state)
+        if 'turn' not in (state['planner'] or {'turn'}) and 'ranks' not in state['planner']: # else a stream
+            TypeAdapter(_SavedPlan).validate_python(state['planner'])
+    except ValidationError as e:
+        err = e.errors()[0]
+        name = '.'.join(map(str, err['loc']))
+        raise RunError(f"{folder}: its state.json has {name}={str(err['input'])[:40]!r}: {err['msg']}; "
+                       "a run cannot go on from it") from None
+
 
 # %% ../nbs/34_devices.ipynb #74cf979c
 def matmul_error(

@@ -30,7 +30,7 @@ from jepa_nb.checkpoint import (
 )
 from .config import Config
 from jepa_nb.devices import (
-    DistContext, Meter, StopSignals, Watchdog, gather_loader_state, init_distributed, run_guard,
+    DistContext, Meter, StopSignals, Watchdog, check_resumable, gather_loader_state, init_distributed, run_guard,
     scatter_loader_state, setup_precision, share_rows, step_generator, to_device,
 )
 from .files import LogFile, RunError, checkpoint_folders, checkpoint_step, read_json, sha256, write_json
@@ -162,10 +162,10 @@ def init_or_resume(
     else:
         folder = Path(start)
         state = verify_checkpoint(folder)
+        check_resumable(folder, state)
         state = dict(state, begun_from=sha256(folder/'model.safetensors'), seconds=0., meter=None)
         state['planner'] = skip_to_next_epoch(state['planner'], cfg.masks.contexts)
-    if lacks := {'images', 'seconds', 'data', 'planner', 'meter'}-set(state):
-        raise RunError(f"{folder}: its state.json has no {', '.join(sorted(lacks))}; a run cannot go on from it")
+    check_resumable(folder, state)
     old = load_config(folder/'config.yaml')
     check_same_config(run, old, cfg)
     moved = check_same_data(run, old, cfg, state['data'], data)

@@ -238,6 +238,17 @@ def test_a_state_without_a_position_is_refused(run):
     with pytest.raises(RunError, match='has no meter, planner; a run cannot go on from it'):
         train(tiny('run.steps=6'), run, progress=False)
 
+@pytest.mark.parametrize('change', [dict(images='42'), dict(seconds=float('inf')), dict(planner=True), dict(meter={}),
+    dict(planner=dict(images=64, next_draw='9', pool=[])), dict(planner=dict(images=64, next_draw=9, pool=[10**30])),
+    dict(facts=3), dict(facts={}), dict(data=[]), dict(meter=dict(sums=[1.], used=0., skipped=0))], ids=str)
+def test_a_state_of_other_kinds_is_refused_with_the_entry(run, change):
+    file = run/'checkpoints/step_00000004/state.json'
+    state = json.loads(file.read_text()) | change
+    write_json(file, state | dict(check=state_checksum(state)))
+    with pytest.raises(RunError, match='its state.json has') as e:
+        train(tiny('run.steps=6'), run, progress=False)
+    assert 'a run cannot go on from it' in str(e.value) and '\n' not in str(e.value)
+
 def test_progress_of_a_damaged_folder_is_refused_in_a_line(whole, tmp_path):
     out = export_checkpoint(whole, tmp_path/'small')
     (out/'trained.json').write_text('{"st')
