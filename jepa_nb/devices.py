@@ -403,7 +403,7 @@ class _SavedState:
     data:str|None
     planner:dict|None
     meter:_SavedMeter|None
-    facts:_SavedFacts|None = None
+    facts:_SavedFacts = None # the first checkpoints have none
     begun_from:str|None = None
 
 def check_resumable(
