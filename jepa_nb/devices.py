@@ -375,11 +375,12 @@ class Meter:
 
 # %% ../nbs/34_devices.ipynb #104b8a76
 _Number = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
+_Real = Annotated[float, Field(strict=True)]
 
 @dataclass
 class _SavedMeter: # see `Meter.state`
-    sums:Annotated[list[float], Field(min_length=6, max_length=6)]
-    used:float
+    sums:Annotated[list[_Real], Field(min_length=6, max_length=6)]
+    used:_Real
     skipped:_Number
     tokens:Annotated[list[_Number], Field(min_length=3, max_length=3)] = (0, 0, 0)
 
@@ -392,14 +393,14 @@ class _SavedPlan: # see `Planner.state`
 @dataclass
 class _SavedFacts: # see `setup_precision`
     device:str
-    threads:int
+    threads:_Number
     torch:str
     processes:_Number = 1
 
 @dataclass
 class _SavedState:
     images:_Number
-    seconds:Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    seconds:Annotated[_Real, Field(ge=0, allow_inf_nan=False)]
     data:str|None
     planner:dict|None
     meter:_SavedMeter|None

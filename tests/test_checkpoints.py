@@ -240,7 +240,8 @@ def test_a_state_without_a_position_is_refused(run):
 
 @pytest.mark.parametrize('change', [dict(images='42'), dict(seconds=float('inf')), dict(planner=True), dict(meter={}),
     dict(planner=dict(images=64, next_draw='9', pool=[])), dict(planner=dict(images=64, next_draw=9, pool=[10**30])),
-    dict(facts=3), dict(facts={}), dict(facts=None), dict(data=[]), dict(meter=dict(sums=[1.], used=0., skipped=0))], ids=str)
+    dict(facts=3), dict(facts={}), dict(facts=None), dict(data=[]), dict(seconds='9'),
+    dict(meter=dict(sums=[1.], used=0., skipped=0))], ids=str)
 def test_a_state_of_other_kinds_is_refused_with_the_entry(run, change):
     file = run/'checkpoints/step_00000004/state.json'
     state = json.loads(file.read_text()) | change
