@@ -15,15 +15,18 @@ SEED   ?=
 CORES  ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
             $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
-RUN     = JEPA_NB_PARENT=$$PPID exec .venv/bin/python -m jepa_nb.cli reproduce --tier $(TIER) --cores $(CORES) --data '$(DATA)' $(if $(SEED),--seed '$(SEED)')
+export TIER SEED
+reproduce figures dry export: export DATA := $(DATA)
+## a value reaches the shell as a variable of the environment, so that quotes and the like in it are not read as commands
+RUN     = JEPA_NB_PARENT=$$PPID exec .venv/bin/python -m jepa_nb.cli reproduce --tier "$$TIER" --cores "$(CORES)" --data "$$DATA" $${SEED:+--seed "$$SEED"}
 
 .PHONY: help setup reproduce figures export dry report test lab
 .DEFAULT_GOAL := help
 help:
 	@sed -n 's/^# //p' Makefile
 setup:
-	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; say: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@exec $(PYTHON) workflow/setup.py
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; say: make $(firstword $(MAKECMDGOALS)) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@exec "$(PYTHON)" workflow/setup.py
 ## PPID and exec: make is the launcher's parent and the launcher knows it, so that it ends when make is killed, and everything below with it
 reproduce: setup
 	@$(RUN)
@@ -36,7 +39,7 @@ dry: setup
 report: setup
 	@exec .venv/bin/python -m jepa_nb.cli report
 test: setup
-	@$(PYTHON) workflow/setup.py interop
-	@exec .venv/bin/python -m pytest -n $(CORES) --dist worksteal
+	@"$(PYTHON)" workflow/setup.py interop
+	@exec .venv/bin/python -m pytest -n "$(CORES)" --dist worksteal
 lab: setup
-	@exec .venv/bin/jupyter lab nbs
+	@exec .venv/bin/jupyter lab --ServerApp.ip=127.0.0.1 nbs

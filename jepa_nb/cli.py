@@ -22,7 +22,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import click
-import yaml
 
 from .cli_eval import depth_command, eval_command, ranks_command, read_run_config, refuse, show_log
 from .files import DISK_ERRORS, writing
@@ -165,9 +164,9 @@ def yaml_value(
     name:str, # of the parameter
     text:str, # as given
 ):
-    "A parameter's value, read as YAML. Raises CliError."
-    try: return yaml.safe_load(text)
-    except yaml.YAMLError as e: refuse(f"{name}: {text!r} is not YAML: {' '.join(str(e).split())}")
+    "A parameter's value, read as YAML. Raises ConfigError."
+    from jepa_nb.recipes import parse_yaml, shown
+    return parse_yaml(text, f'{name}: {shown(text)}')
 
 def private_kernel(
     folder:str, # empty, for the kernel's files
@@ -368,19 +367,25 @@ def convert_command(source, out, **kw):
 @click.argument('more', nargs=-1, metavar='[SNAKEMAKE OPTION]...')
 def reproduce_command(tier, cores, folder, seed, committed, dry, more):
     "Run the graph of a tier: data, runs, evaluations, figures, report. Words after -- go to Snakemake."
-    from jepa_nb.launch import graph_environment, print_dry_run, run_graph, snakemake_command
-    from jepa_nb.tiers import check_images, in_clone, read_tier
+    from jepa_nb.launch import edited_figures, graph_environment, print_dry_run, run_graph, snakemake_command
+    from jepa_nb.tiers import CliError, check_images, in_clone, read_tier, tier_file
     in_clone()
     die_with_parent()
-    settings = read_tier(f'params/{tier}.yaml')
+    settings = read_tier(tier_file(tier))
     if seed and committed:
         refuse(f"--seed {seed}: committed checkpoints have the seeds that they were trained with; leave it out")
-    if not (dry or committed): check_images(settings['data'], folder)
-    command = snakemake_command(tier, cores, seed, committed, more)
+    if not committed:
+        try: check_images(settings['data'], folder)
+        except CliError as e:
+            if not dry: raise
+            click.echo(f'jepa_nb: {e}', err=True) # what would run is printed nevertheless
+    again = edited_figures(tier)
+    for why in () if dry else again.values(): click.echo(f"jepa_nb: {'; '.join(why)}: it is drawn again", err=True)
+    command = snakemake_command(tier, cores, seed, committed, more, again)
     if set(more) & set(ASKS): # answers a question and runs nothing
         raise SystemExit(subprocess.call(command, env=graph_environment(folder)))
     budget = settings.get('seconds', {})
-    if dry: print_dry_run(command, folder, budget, cores)
+    if dry: print_dry_run(command, folder, budget, cores, tier)
     else: run_graph(tier, folder, seed, cores, command, budget, committed)
 
 @cli.command('report')

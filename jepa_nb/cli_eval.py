@@ -16,7 +16,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import click
-import yaml
 
 # %% ../nbs/75_cli_eval.ipynb #3651e3e9
 def refuse(
@@ -37,14 +36,19 @@ def read_run_config(
     return cfg, Path(out or f'runs/{Path(recipe).stem}/seed{cfg.run.seed}')
 
 class ShowLog(logging.Handler):
-    "Prints the library's log on stderr, such as how many images are opened; of several processes, that of the first."
+    "Prints each line of the library's log once, e.g. how many images are used; of several processes, the first does."
+    def __init__(self):
+        super().__init__(logging.INFO)
+        self.shown = set()
     def emit(self, record):
-        if os.environ.get('RANK', '0') == '0': click.echo(f'jepa_nb: {record.getMessage()}', err=True)
+        text = record.getMessage()
+        if text not in self.shown and os.environ.get('RANK', '0') == '0': click.echo(f'jepa_nb: {text}', err=True)
+        self.shown.add(text)
 
 def show_log():
     "Show the library's log on stderr."
     log = logging.getLogger('jepa_nb')
-    log.handlers[:], log.propagate = [ShowLog(logging.INFO)], False
+    log.handlers[:], log.propagate = [ShowLog()], False
     log.setLevel(logging.INFO)
 
 # %% ../nbs/75_cli_eval.ipynb #74c075fc
@@ -134,8 +138,9 @@ def read_pooling(text:str):
     "`4,4` as kernel and stride; `off` as it is. Raises BadParameter."
     if text == 'off': return text
     numbers = text.split(',')
-    if len(numbers) == 2 and all(v.isdigit() and int(v) for v in numbers): return tuple(map(int, numbers))
-    raise click.BadParameter(f"{text}: kernel and stride in patches would do, e.g. 4,4; or off",
+    if len(numbers) == 2 and all(v.isascii() and v.isdigit() and len(v) < 7 and int(v) for v in numbers):
+        return tuple(map(int, numbers))
+    raise click.BadParameter(f"{text[:80]}: kernel and stride in patches would do, e.g. 4,4; or off",
                              param_hint='--condition')
 
 def read_sets_of(
@@ -145,11 +150,10 @@ def read_sets_of(
 )->dict:       # SetConfig by name
     """The data sets of a tier's file, of a file that holds nothing else, or of a mapping. Raises CliError or
     ConfigError."""
+    from jepa_nb.recipes import parse_yaml, read_yaml
     from jepa_nb.tiers import read_sets
     where = '--sets' if given.lstrip().startswith('{') else given
-    if where == given and not Path(given).is_file(): refuse(f"{given}: no such file")
-    try: sets = yaml.safe_load(given if where == '--sets' else Path(given).read_text())
-    except yaml.YAMLError as e: refuse(f"{where}: not YAML: {' '.join(str(e).split())}")
+    sets = parse_yaml(given, '--sets:') if where == '--sets' else read_yaml(given, aliases=True)
     if isinstance(sets, dict) and ('tier' in sets or set(sets) == {'ood'}): sets = sets.get('ood') or {}
     if not isinstance(sets,
                       dict) or not set(sets)-{'runs'}: refuse(f"{where}: names no data sets; a tier has them under ood")
@@ -261,6 +265,7 @@ def depth_command(run, words, train_data, test_data, out, name, tier):
     """Train a depth head on RUN's features and test it, e.g. depth.steps=1000. RUN is a run or committed folder, or a
     recipe."""
     from jepa_nb.depth import evaluate_depth
+    from jepa_nb.sources import log_summary
     from jepa_nb.recipes import make_depth
     from jepa_nb.results import write_result
     own, words = split_words(words, 'depth')
@@ -273,6 +278,7 @@ def depth_command(run, words, train_data, test_data, out, name, tier):
         images, labels = opened.sources(), dict(run=name, tier=tier)
         make = lambda path: evaluate_depth(opened.subject, *images, settings, path, labels, sys.stderr.isatty())
         r, out = write_result(out, opened.wanted, images, make)
+    log_summary(*images)
     gain, low, high = r['gain_over_constant']['rmse_oracle']
     click.echo(f"{r['run']} seed {r['seed']}: RMSE {r['rmse_oracle']:.3f} m with the truth's scale (FN's), "
                f"{r['rmse_lsq']:.3f} by least squares, {r['rmse_metric']:.3f} metric; {gain:+.3f} [{low:+.3f}, "
@@ -295,7 +301,7 @@ def ranks_command(run, words, train_data, test_data, out, tier):
     scores, own, words = split_words(words, 'ranks', 'eval')
     ranks, cfg = make_ranks({}, scores), make_eval({}, own)
     opened = Opened(run, words, 'ranks', (train_data, test_data), out)
-    opened.check_halves(cfg.hold_out, may_hold_out=True)
+    opened.check_halves(cfg.hold_out)
     wanted = opened.wanted
     if wanted.name != 'ranks.json': wanted = wanted.with_suffix('')/'ranks.json' # its probes go beside it
     with opened.lock:

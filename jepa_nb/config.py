@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Int', 'Real', 'Count', 'Whole', 'Positive', 'NonNeg', 'AtLeast1', 'Seed', 'Fraction', 'Share', 'Beta', 'Shares',
-           'Range', 'Norm', 'STRICT', 'AUTHORS_CODE', 'DataConfig', 'ScaleConfig', 'AugmentConfig', 'MaskConfig',
-           'PackConfig', 'EncoderConfig', 'PredictorConfig', 'ObjectiveConfig', 'ConditionConfig', 'TeacherConfig',
-           'OptimConfig', 'RunConfig', 'Config']
+           'Range', 'Text', 'Norm', 'STRICT', 'AUTHORS_CODE', 'DataConfig', 'ScaleConfig', 'AugmentConfig',
+           'MaskConfig', 'PackConfig', 'EncoderConfig', 'PredictorConfig', 'ObjectiveConfig', 'ConditionConfig',
+           'TeacherConfig', 'OptimConfig', 'RunConfig', 'Config']
 
 # %% ../nbs/00_config.ipynb #ae15261e
 from dataclasses import field, fields
@@ -20,7 +20,12 @@ def _no_bool(v):
     "Reject booleans: pydantic would read `true` as 1."
     if isinstance(v, bool): raise ValueError(f"should be a number, not {str(v).lower()}")
     return v
-Int, Real = (Annotated[t, BeforeValidator(_no_bool)] for t in (int, float))
+def _is_text(v):
+    "Reject what YAML reads as a number or a date: the folder 007 would become 7."
+    if v is None or isinstance(v, str): return v
+    raise ValueError(f"should be a text, not {str(v)[:80]}; in quotes, '\"{str(v)[:80]}\"', it is one")
+Int      = Annotated[int, Field(ge=-2**63, lt=2**63), BeforeValidator(_no_bool)]
+Real     = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_bool)]
 Count    = Annotated[Int, Field(ge=1)]           # at least one
 Whole    = Annotated[Int, Field(ge=0)]           # zero or more
 Positive = Annotated[Real, Field(gt=0, allow_inf_nan=False)]
@@ -32,6 +37,7 @@ Share    = Annotated[Real, Field(gt=0, le=1)]
 Beta     = Annotated[Real, Field(ge=0, le=1)]
 Shares   = tuple[Share, Share]                   # smallest and largest
 Range    = tuple[Positive, Positive]             # smallest and largest
+Text     = Annotated[str, BeforeValidator(_is_text)]
 Norm     = Literal['layernorm', 'layernorm_plain', 'dyntanh', 'dyntanh_affine', 'rmsnorm', 'l2', 'batchnorm', 'none']
 STRICT   = dict(extra='forbid')
 
@@ -46,9 +52,9 @@ def _check_order(cfg, *names):
 class DataConfig:
     "The images to train on."
     kind:Literal['scenes', 'shards', 'folder']='scenes' # scenes: rendered procedurally, nothing is downloaded
-    path:str|None=None   # shards: .tar files, as a glob, brace pattern or URL; folder: a folder of images
-    images:Count=4000    # scenes: number of images
-    side:Count=64        # scenes: longest side, pixels
+    path:Text|None=None  # shards: .tar files, as a glob, brace pattern or URL; folder: a folder of images
+    images:Annotated[Count, Field(le=10**9)]=4000 # scenes: number of images
+    side:Annotated[Count, Field(le=4096)]=64      # scenes: longest side, pixels
     seed:Seed=0          # scenes: seed of the renderer
     replace:bool=True    # draw images with replacement, without end; False: each image once per epoch (FN §8.2)
     max_skipped:Beta=.1  # share of the images that may be unusable when data is opened; more ends the job

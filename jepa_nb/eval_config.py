@@ -7,14 +7,14 @@ __all__ = ['DEPTH_AUTHORS_CODE', 'ProbeProtocol', 'PROTOCOL_DEFAULTS', 'Pooling'
            'SetConfig', 'RankConfig']
 
 # %% ../nbs/01_eval_config.ipynb #653c2346
+import re
 from dataclasses import replace
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from .config import STRICT, Beta, Count, Fraction, NonNeg, Positive, Seed, Whole
+from .config import STRICT, Beta, Count, Fraction, NonNeg, Positive, Real, Seed, Whole
 
 # %% ../nbs/01_eval_config.ipynb #8f326775
 @dataclass(frozen=True, config=STRICT)
@@ -28,7 +28,7 @@ class DepthConfig:
     side:Count|None=None    # pixels, a multiple of the patch; None: the largest side of training
     crop:Literal['none', 'eigen']='none' # eigen: the part of NYU's images in which depth was measured
     loss:Literal['ssi', 'smooth_l1']='ssi' # ssi: Ranftl et al. 2020; smooth_l1: FN's code
-    trim:Annotated[float, Field(ge=0, lt=1)]=.2 # ssi: share of pixels with the largest errors that is left out
+    trim:Annotated[Real, Field(ge=0, lt=1)]=.2 # ssi: share of pixels with the largest errors that is left out
     gradient:NonNeg=.5      # weight of the gradient term
     scales:Count=4          # resolutions at which the gradient term is taken
     metric:NonNeg=1.        # ssi: weight of the absolute error in metres; 0: Ranftl's loss, free in scale and shift
@@ -66,13 +66,15 @@ PROTOCOL_DEFAULTS = { # what a protocol takes where `layers`, `view` and `augmen
     'ood_cosine': dict(layers='last', view='squash', augment='flip'),
 }
 
-def _as_yaml(v):
-    "A text such as `4,4` as the list that it means; anything else as it is."
-    return yaml.safe_load(f'[{v}]') if isinstance(v, str) and ',' in v else v
+def _as_list(v):
+    "A text such as `4,4` as the numbers that it means; anything else as it is."
+    number = lambda w: int(w) if re.fullmatch(r'\s*\d{1,18}\s*', w) else float(w) if len(w) < 40 else w
+    try: return [number(w) for w in v.split(',')] if isinstance(v, str) and ',' in v else v
+    except ValueError: return v
 
 def _as_pooling(v):
     "Kernel and stride of pooling, `off`, or None. Raises ValueError otherwise."
-    v = _as_yaml(v)
+    v = _as_list(v)
     if v is None or v == 'off': return v
     if v is False: return 'off' # as YAML reads off
     is_pair = isinstance(v, (list, tuple)) and len(v) == 2 and all(type(k) is int and k > 0 for k in v)
@@ -80,7 +82,7 @@ def _as_pooling(v):
     return tuple(v)
 
 Pooling = Annotated[Literal['off']|tuple[Count, Count]|None, BeforeValidator(_as_pooling)]
-Cuts    = Annotated[tuple[float, ...]|str, BeforeValidator(_as_yaml)]
+Cuts    = Annotated[tuple[Real, ...]|str, BeforeValidator(_as_list)]
 Side    = Annotated[Count, Field(le=4096)]
 
 # %% ../nbs/01_eval_config.ipynb #b1df44ef

@@ -36,7 +36,7 @@ from .model import interpolate_pos_embed
 from .probes import dense_classes, knn, linear_probe, raw_pixels
 from .recipes import untrained_fingerprint
 from .result_files import place_result
-from .sources import data_fingerprint
+from .sources import data_fingerprint, log_summary
 from .stats import bootstrap
 from .tasks import class_name, keep_decoded, make_task, match_classes, run_source
 
@@ -167,6 +167,7 @@ def evaluate(
                   checkpoint_sha256=sha256(weights_file(subject.checkpoint)) if subject.checkpoint else None)
     result = about | scores | origin | dict(seconds=round(time.time()-start, 1))
     if out is not None: write_answers(out, result, probe['correct'], neighbours, f)
+    log_summary(train, test)
     return result
 
 def describe(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMITTED', 'LEARNS_NOTHING', 'PROVENANCE', 'table_rows', 'table_csv', 'tier_of', 'run_scale', 'scale_line',
            'write_scale', 'written_scale', 'say_scale', 'same_numbers', 'same_picture', 'is_stale', 'save_figure',
-           'read_figure']
+           'cached_sha256', 'weights_state', 'stale_reasons', 'stale_figures', 'read_figure']
 
 # %% ../nbs/06_figure_files.ipynb #f3f60bba
 import csv
@@ -15,6 +15,7 @@ import math
 import os
 import re
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,8 +23,8 @@ import numpy as np
 from PIL import Image
 
 from jepa_nb.files import (
-    git_commit, machine, repo_root, sha256, short_path, training_progress, versions, weights_file, write_atomic,
-    write_json,
+    git_commit, machine, read_json, repo_root, sha256, short_path, training_progress, versions, weights_file,
+    write_atomic, write_json,
 )
 from .recipes import load_config
 from .show import STYLE
@@ -276,6 +277,60 @@ def save_figure(
     write_atomic(out+'.png', png)
     write_atomic(out+'.csv', text)
     write_json(out+'.json', record, ensure_ascii=False)
+
+# %% ../nbs/06_figure_files.ipynb #2f53af9e
+@cache
+def cached_sha256(
+    path:Path,    # of the file
+    size:int,     # bytes
+    modified:int, # time of modification, nanoseconds
+)->str:
+    "sha256 of a file, computed once while size and time of modification stay the same."
+    return sha256(path)
+
+def weights_state(
+    root:Path,  # of the repository
+    path:str,   # of a run or checkpoint, as a JSON names it
+    want:str,   # sha256 when the figure was drawn
+)->str:         # 'as drawn', 'changed' or 'not here'
+    "Whether the weights behind a figure are still those it was drawn from."
+    w = weights_file(root/path)
+    if w is None: return 'not here'
+    s = w.stat()
+    return 'as drawn' if cached_sha256(w, s.st_size, s.st_mtime_ns) == want else 'changed'
+
+def stale_reasons(
+    folder:Path,         # figures/<tier>
+    stem:str,            # of the figure
+    about:dict,          # its JSON
+    weights:list[dict],  # path, hash, state
+)->list[str]:            # empty: the figure is what its JSON says
+    "Why a figure no longer agrees with its JSON."
+    sums = about.get('sha256') if isinstance(about.get('sha256'), dict) else {}
+    out = []
+    for kind, want in ((k, sums[k]) for k in ('csv', 'png') if k in sums):
+        file = folder/f'{stem}.{kind}'
+        if not file.is_file(): out.append(f'{file.name} is missing')
+        elif sha256(file) != want: out.append(f'{file.name} was changed after the figure was drawn')
+    changed = [w['path'] for w in weights if w['state'] == 'changed']
+    return out+[f'the weights of {path} are not those that it was drawn from' for path in changed]
+
+def stale_figures(
+    folder:Path, # figures/<tier>
+    root=None,   # of the repository; None: `repo_root`
+)->dict[str,list[str]]: # reasons by the figure's name; those without a JSON of `save_figure` are left out
+    "Which figures of a tier contradict their JSON, and why."
+    out = {}
+    for file in sorted(Path(folder).glob('*.json')):
+        try: about = read_json(file)
+        except ValueError as e:
+            out[file.stem] = [f'{file.name} {e}']
+            continue
+        sums = about.get('checkpoints') if isinstance(about.get('checkpoints'), dict) else {}
+        state = lambda p, h: weights_state(Path(root or repo_root()), p, h)
+        weights = [dict(path=p, state=state(p, h)) for p, h in sums.items()]
+        if why := stale_reasons(Path(folder), file.stem, about, weights): out[file.stem] = why
+    return out
 
 # %% ../nbs/06_figure_files.ipynb #5ca1e00d
 def _value(text:str):

@@ -17,9 +17,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
-import yaml
-
-from .recipes import eval_overrides, load_config, make_depth, untrained_fingerprint
+from .recipes import eval_overrides, load_config, make_depth, untrained_fingerprint, yaml_word
 from jepa_nb.tiers import (
     DEPTH_OPTIONS, EVAL_KEYS, as_overrides, missing_path, pooling_conditions, pooling_evals, rank_settings, run_eval,
     run_sets, scenes_folder, with_seed,
@@ -108,7 +106,7 @@ def as_flow(
     value, # dict or list
 )->str:
     "A value as YAML in one line."
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=True).strip()
+    return yaml_word(value, sort_keys=True)
 
 def as_options(
     values:dict, # {'train_images': 9}
@@ -346,8 +344,7 @@ class FigureFiles(JobWords):
         entry = self.tier['figures'][figure]
         there = lambda v: [r for r in (v if isinstance(v, list) else [v]) if r in self.figure_runs(figure)]
         runs = {k: [f for r in there(v) for f in self.folders(r)] for k, v in entry.get('runs', {}).items()}
-        text = lambda v: as_flow(v) if isinstance(v, (list, dict)) else yaml.safe_dump(v, width=10**6).splitlines()[0]
-        return shlex.join(w for k, v in (runs | entry.get('params', {})).items() for w in ('-p', k, text(v)))
+        return shlex.join(w for k, v in (runs | entry.get('params', {})).items() for w in ('-p', k, as_flow(v)))
 
     def figure_code(self, figure:str)->str:
         "A checksum of the code that a figure's notebook imports."

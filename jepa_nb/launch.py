@@ -6,7 +6,7 @@
 __all__ = ['JOBS', 'ENGINE', 'TIER_ORDER', 'ASKS', 'die_with_parent', 'join_job_lock', 'launch_lock', 'wait_for_earlier_jobs',
            'graph_environment', 'snakemake_command', 'forward_signals', 'run_child', 'planned_jobs', 'run_jobs',
            'raise_missing', 'report_inputs', 'refresh_report', 'next_command', 'closing_lines', 'print_drawn_figures',
-           'print_job_times', 'print_plan', 'print_dry_run', 'run_graph']
+           'print_job_times', 'print_plan', 'edited_figures', 'print_stale_figures', 'print_dry_run', 'run_graph']
 
 # %% ../nbs/74_launch.ipynb #e3aef5ab
 import json
@@ -82,9 +82,11 @@ def snakemake_command(
     seed:int=0,           # added to every seed of the tier
     committed:bool=False, # redraw from the committed checkpoints
     more=(),              # words for Snakemake
+    again=(),             # files that are made again though nothing that they are made of has changed
 )->list[str]:
     "The command that runs the graph of a tier."
     words = ['--configfile', f'params/{tier}.yaml', '--cores', str(cores), *more]
+    if again and not committed: words += ['--forcerun', *again]
     if committed: words += ['--forcerun', 'figure', '--config', 'committed=true']
     elif seed: words += ['--config', f'seed={seed}']
     return [sys.executable, '-m', 'snakemake', *words]
@@ -152,7 +154,7 @@ def planned_jobs(
             text = f.read().decode(errors='replace').splitlines()
             lines.append([line for line in text if line.strip() and not line.startswith(ENGINE)])
     if stopped: raise CliError('stopped before anything was started')
-    if code: raise CliError('the graph cannot be planned: '+'\n  '.join((lines[0]+lines[1])[-12:]))
+    if code: raise CliError('the graph cannot be planned: '+'; '.join(x.strip() for x in (lines[0]+lines[1])[-12:]))
     return jobs, list(dict.fromkeys(lines[1]))
 
 def run_jobs(
@@ -281,16 +283,33 @@ def print_plan(
     text = f"{tier}: {len(jobs)} jobs, planned {time_text} on {cores} core{'s'*(cores > 1)}; logs in runs/{tier}/logs"
     click.echo('\n'.join(wrap_text(text, 'plan    ')))
 
+def edited_figures(
+    tier:str, # its name
+)->dict[str,list[str]]: # reasons by file, to be drawn again
+    "Figures of a tier whose CSV or PNG is not the one that they were drawn with."
+    from jepa_nb.figure_files import stale_figures # which imports matplotlib
+    folder = Path(f'figures/{tier}')
+    found = {k: [x for x in why if x.startswith(f'{k}.')] for k, why in stale_figures(folder, Path()).items()}
+    return {f'{folder}/{k}.png': why for k, why in found.items() if why}
+
+def print_stale_figures(tier:str):
+    "Print which figures of a tier are not what their JSON says."
+    from jepa_nb.figure_files import stale_figures
+    for name, why in stale_figures(Path(f'figures/{tier}'), Path()).items():
+        click.echo('\n'.join(wrap_text(f"{name}: {'; '.join(why)}", 'stale   ')), err=True)
+
 def print_dry_run(
     command:list[str], # of `snakemake_command`
     folder:str,        # what $DATA is
     budget:dict,       # `seconds` of the tier's file
     cores:int,         # jobs side by side
+    tier:str='',       # its name; '': its figures are not looked at
 ):
     "Print the jobs that would run, and why."
     jobs, notes = planned_jobs(command, graph_environment(folder), budget)
     click.echo('\n'.join(plan_lines(jobs, cores)))
     for note in notes: click.echo('\n'.join(wrap_text(note)), err=True)
+    if tier: print_stale_figures(tier)
 
 def run_graph(
     tier:str,          # its name
@@ -314,6 +333,7 @@ def run_graph(
             if progress.is_stopping or code < 0: raise CliError('stopped; the same command goes on from here')
             print_job_times(progress, logs/'seconds.tsv', time.monotonic()-start)
         else: click.echo(f'{tier}: nothing to do, everything is up to date')
+        print_stale_figures(tier)
         if committed: print_drawn_figures(tier, progress, notes)
         else: click.echo('\n'.join(closing_lines(tier, folder, refresh_report(env, logs/'report.txt'))))
         if code: raise_missing(code, progress, log)

@@ -167,6 +167,16 @@ def resolve_min_keep(
     smallest = min(h*w for h, w in target_sizes(grid, masks))
     return min(max(1, 10*grid[0]*grid[1]//196), smallest-1)
 
+def _longest_context(grid, masks, min_keep):
+    "The most patches that a context can have left: a small context block need not contain a whole target block."
+    targets, contexts, is_reference = target_sizes(grid, masks), context_sizes(grid, masks), masks.mode == 'reference'
+    area = lambda sizes: [h*w for h, w in sizes]
+    # the authors' code gives up on every target where the context would otherwise be too short
+    if is_reference and min(area(contexts))-max(area(targets)) <= min_keep: return max(area(contexts))
+    y, x = (n-is_reference for n in grid) # and places no block in the last row or column
+    overlap = lambda c, t: max(c[0]+t[0]-y, 0)*max(c[1]+t[1]-x, 0) # at the least
+    return max(c[0]*c[1]-overlap(c, t) for c in contexts for t in targets)
+
 @lru_cache(maxsize=4096)
 def check_blocks(
     grid:tuple[int,int], # patches down and across
@@ -186,7 +196,7 @@ def check_blocks(
         raise ConfigError(f"{here}: a context may be left with {max(left, 0)} patches and must have more than "
                           f"{min_keep}; smaller masks.target_scale, larger masks.context_scale or a larger grid "
                           "would do")
-    return max(contexts) - min(targets), max(targets)
+    return _longest_context(grid, masks, min_keep), max(targets)
 
 # %% ../nbs/16_masks.ipynb #f768996b
 MAX_TRIES = 20 # draws of all blocks before all targets get one position, which always leaves enough context

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['REPORTED_TIERS', 'VERDICTS', 'RULE_ERRORS', 'ROWS_SHOWN', 'ReportError', 'Notes', 'try_json', 'try_csv', 'tiers_of',
            'figures_origin', 'ComparisonText', 'Standing', 'number_text', 'comparison_text', 'unreadable_standing',
-           'claim_standing', 'claim_page', 'ledger_pages', 'FigureAtTier', 'cached_sha256', 'weights_state',
-           'stale_reasons', 'answers_of', 'json_text', 'provenance_of', 'read_figure_at_tier']
+           'claim_standing', 'claim_page', 'ledger_pages', 'FigureAtTier', 'answers_of', 'json_text', 'provenance_of',
+           'read_figure_at_tier']
 
 # %% ../nbs/77_report.ipynb #eaf6a4e1
 import csv
 import re
 import sys
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from jepa_nb.claims import (
     UNTESTED, Claim, Comparison, Estimate, Tables, compare, judge, published,
 )
-from .files import read_json, sha256, weights_file
+from .figure_files import stale_reasons, weights_state
+from .files import read_json
 from .ledger import CLAIMS, resolve, rule, runs_of, what_decides
 
 # %% ../nbs/77_report.ipynb #2da038e9
@@ -206,41 +206,6 @@ class FigureAtTier(NamedTuple):
     lines:tuple=()       # what could not be read
     absent:str='The picture is missing.' # why there is no picture
 
-@cache
-def cached_sha256(
-    path:Path,    # of the file
-    size:int,     # bytes
-    modified:int, # time of modification, nanoseconds
-)->str:
-    "sha256 of a file, computed once while size and time of modification stay the same."
-    return sha256(path)
-
-def weights_state(
-    root:Path,  # of the repository
-    path:str,   # of a run or checkpoint, as a JSON names it
-    want:str,   # sha256 when the figure was drawn
-)->str:         # 'as drawn', 'changed' or 'not here'
-    "Whether the weights behind a figure are still those it was drawn from."
-    w = weights_file(root/path)
-    if w is None: return 'not here'
-    s = w.stat()
-    return 'as drawn' if cached_sha256(w, s.st_size, s.st_mtime_ns) == want else 'changed'
-
-def stale_reasons(
-    folder:Path,         # figures/<tier>
-    stem:str,            # of the figure
-    about:dict,          # its JSON
-    weights:list[dict],  # path, hash, state
-)->list[str]:            # empty: the figure is what its JSON says
-    "Why a figure no longer agrees with its JSON."
-    sums = about.get('sha256') if isinstance(about.get('sha256'), dict) else {}
-    out = []
-    for kind, want in sorted(sums.items()):
-        file = folder/f'{stem}.{kind}'
-        if not file.is_file(): out.append(f'{file.name} is missing')
-        elif sha256(file) != want: out.append(f'{file.name} was changed after the figure was drawn')
-    changed = [w['path'] for w in weights if w['state'] == 'changed']
-    return out+[f'the weights of {path} are not those that it was drawn from' for path in changed]
 
 # %% ../nbs/77_report.ipynb #1cd7cf7e
 def answers_of(claim)->list[dict]: # verdict, ours, reason

@@ -24,7 +24,7 @@ SETTINGS = ( # of results, as their JSON names them
 
 def other_setting(
     old,     # a result as read from its file
-    new:dict,
+    new:dict,   # the new one
     further=(), # entries that are compared as well
 )->str|None: # e.g. 'side=64, not 128'
     "The first setting in which two results differ; None where both answer the same question."

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PUBLISHED_TABLES', 'HERO', 'GUIDES', 'notebook_of', 'page_of', 'read_notebook', 'rebase_links', 'caption_of',
            'escape_rst', 'comments_of', 'has_no_docstring', 'api_lines', 'is_api_noise', 'modules_of', 'commands',
-           'enumerate_names', 'ledger_paragraph', 'tier_findings', 'split_findings', 'section', 'templates',
-           'published_tables', 'figure_order', 'write', 'unreadable_page', 'write_figure', 'write_figures', 'toctree',
-           'write_guide', 'write_library', 'copy_files', 'datatables', 'tier_summary', 'write_pages', 'write_source',
-           'run_sphinx', 'replace_folder', 'check_report', 'build_report']
+           'enumerate_names', 'ledger_paragraph', 'tier_findings', 'split_findings', 'section', 'in_a_line',
+           'templates', 'published_tables', 'figure_order', 'write', 'unreadable_page', 'write_figure', 'write_figures',
+           'toctree', 'write_guide', 'write_library', 'copy_files', 'datatables', 'tier_summary', 'write_pages',
+           'write_source', 'run_sphinx', 'replace_folder', 'check_report', 'build_report']
 
 # %% ../nbs/78_site.ipynb #2fd14d59
 import inspect
@@ -204,11 +204,15 @@ PUBLISHED_TABLES = dict(
     ec_table2_rank=['ecijepa_table2'], ec_table3_ood=['ecijepa_table3'],
     ec_fig2_context_scale=['ijepa_table9']) # figure -> tables of the papers
 
+def in_a_line(v):
+    "A text of a file without line breaks, after which it could end a block of HTML; anything else as it is."
+    return v if hasattr(v, '__html__') or not isinstance(v, str) else re.sub(r'[\r\n\v\f\x85\u2028\u2029]+', ' ', v)
+
 def templates(root:Path):
-    "The Jinja environment of workflow/report/templates."
+    "The Jinja environment of workflow/report/templates. What a page shows is escaped, and stays in its line."
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     loader = FileSystemLoader(root/'workflow'/'report'/'templates')
-    env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, finalize=in_a_line)
     slug = lambda word: word.split()[0] if word in VERDICTS else 'other'
     env.globals |= dict(FENCE='`'*12, UNTESTED=UNTESTED, words=VERDICTS, slug=slug)
     return env

@@ -6,7 +6,7 @@
 __all__ = ['CACHE_BYTES', 'LOG', 'FIRST_TEST_SCENE', 'CONTENT_SAMPLES', 'CONTENT_BYTES', 'DecodedCache', 'Source',
            'read_class_names', 'name_labels', 'join_classes', 'ShardSource', 'sample_metadata', 'sample_extras',
            'FolderSource', 'SceneSource', 'size_fingerprint', 'data_fingerprint', 'is_size_fingerprint',
-           'data_differences', 'open_source']
+           'data_differences', 'open_source', 'log_summary']
 
 # %% ../nbs/13_sources.ipynb #934c06c3
 import io
@@ -433,8 +433,13 @@ def open_source(
     name, path = str(path), path and expand_path(str(path))
     if kind != 'scenes': check_path(kind, path)
     if is_remote(path): raise DataError(f"{path}: can only be streamed; download the shards to use them here")
-    if kind == 'scenes': source = SceneSource(images, side, seed, split, style, cache)
-    elif kind == 'shards': source = ShardSource(shard_files(path, split), name, cache)
-    else: source = FolderSource(path, cache, split)
-    LOG.info(source.summary()) # the command line shows it
-    return source
+    if kind == 'scenes': return SceneSource(images, side, seed, split, style, cache)
+    if kind == 'shards': return ShardSource(shard_files(path, split), name, cache)
+    return FolderSource(path, cache, split)
+
+def log_summary(
+    *sources, # Source, or Stream
+):
+    "Log how many images are used, of which classes, and from where; the command line shows the log."
+    for s in dict.fromkeys(sources):
+        if hasattr(s, 'summary'): LOG.info(s.summary())

@@ -41,7 +41,7 @@ from .metrics import check_scores, collapse_signs, collapse_state, rank_scores
 from .optim import FiniteGuard, apply_update, beta_at, gradient_norm, lr_at, make_optimizer
 from .paths import expand_path, is_remote
 from .recipes import ConfigError, load_config, save_config
-from .sources import data_differences, data_fingerprint, is_size_fingerprint
+from .sources import data_differences, data_fingerprint, is_size_fingerprint, log_summary
 from .streams import open_data
 
 # %% ../nbs/35_train.ipynb #62de5e15
@@ -418,6 +418,7 @@ def train(
         source = open_data(cfg.data)
         if cfg.run.rank_every: check_scores(source, cfg.run.lidar_images, cfg.run.lidar_views)
         jepa, opt, state = init_or_resume(cfg, run, ctx, data_fingerprint(source), start)
+        log_summary(source)
         state['planner'] = scatter_loader_state(state['planner'], ctx)
         meter, guard = Meter(ctx, state['meter']), FiniteGuard(device)
         logger = RunLogger(run, cfg, ctx, state, runtime, progress)

@@ -334,7 +334,8 @@ def shards_from_folder(
                     files=_states_hash(states))
     order = np.random.default_rng(0).permutation(len(files)).tolist()
     report = make_shards(out, name, order, make, manifest, **options)
-    return dict(report, skipped=[(files[i], reason) for i, reason in report['skipped']], passed=found.passed)
+    skipped = [(files[i], reason) for i, reason in report['skipped']]
+    return dict(report, skipped=skipped, passed=found.passed+found.others)
 
 # %% ../nbs/19_writing.ipynb #71a706ee
 def shards_from_scenes(

@@ -2,6 +2,7 @@
 
 A run goes on from where it was killed, like a real one, and writes the number of its process into the run folder at
 every step."""
+import hashlib
 import json
 import os
 import sys
@@ -51,5 +52,8 @@ elif verb == 'report':
     Path('report').mkdir(exist_ok=True)
     with open('report/index.html', 'a') as f: f.write('built\n')
 elif verb == 'figure':
-    for s in ('.png', '.csv', '.json'): Path(given['--out']+s).write_text(json.dumps(words))
+    out = given['--out']
+    for s in ('.png', '.csv'): Path(out+s).write_text(json.dumps(words))
+    sums = {k: hashlib.sha256(Path(f'{out}.{k}').read_bytes()).hexdigest() for k in ('csv', 'png')}
+    Path(out+'.json').write_text(json.dumps(dict(words=words, sha256=sums)))
 else: sys.exit(f'{verb}: the stub does not know it')

@@ -15,7 +15,9 @@ import papermill
 import pytest
 import yaml
 
-from jepa_nb.figure_files import is_stale
+from jepa_nb.figure_files import is_stale, stale_figures
+from jepa_nb.files import sha256, weights_file
+from jepa_nb.launch import edited_figures, print_stale_figures
 from jepa_nb.ledger import CLAIMS
 
 ROOT = Path(__file__).parents[1]
@@ -176,3 +178,87 @@ def test_drawing_again_leaves_the_committed_files_alone(fresh_clone):
     assert done.returncode == 0, done.stdout+done.stderr
     assert (fresh_clone/'runs/small/logs/ec_fig3_sample_efficiency.ipynb').is_file() # it was drawn
     assert {k: (fresh_clone/f'{stem}.{k}').read_bytes() for k in before} == before
+
+# ---- stamps: what a figure's JSON says of its files and weights
+
+JSONS = sorted((ROOT/'figures').glob('*/*.json'))
+
+@pytest.mark.parametrize('path', JSONS, ids=lambda p: f'{p.parent.name}/{p.stem}')
+def test_stamped_hashes_are_those_of_the_committed_files(path):
+    "CSV, PNG and the weights that are committed; runs that are not committed stand under runs/, and only those."
+    about = json.loads(path.read_text())
+    assert about['sha256'] == {k: sha256(path.with_suffix(f'.{k}')) for k in ('csv', 'png')}
+    for name, want in about['checkpoints'].items():
+        if name.startswith('runs/'): continue
+        weights = weights_file(ROOT/name)
+        assert name.startswith(f'figures/{path.parent.name}/checkpoints/') and weights, f'{name} is not committed'
+        assert sha256(weights) == want, f'{name}: other weights than those of the figure'
+    uncommitted = {n.split('/')[2] for n in about['checkpoints'] if n.startswith('runs/')}
+    both = {r for r in uncommitted if (path.parent/'checkpoints'/r).is_dir()}
+    assert not both, 'drawn from other weights than those that are committed'
+
+@pytest.mark.parametrize('folder', sorted((ROOT/'figures').glob('*/checkpoints/*/*/SHA256SUMS')),
+                         ids=lambda p: '/'.join(p.parts[-5:-1]))
+def test_checksums_of_committed_checkpoints(folder):
+    for line in folder.read_text().splitlines():
+        want, name = line.split(maxsplit=1)
+        assert sha256(folder.parent/name.strip()) == want, name
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    "A tier with one figure, whose weights are there."
+    (tmp_path/'settings.ini').touch()
+    monkeypatch.chdir(tmp_path)
+    folder = Path('figures/small')
+    weights = folder/'checkpoints/a/seed0/model.safetensors'
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b'weights')
+    (folder/'x.csv').write_text('a\n1\n')
+    (folder/'x.png').write_bytes(b'picture')
+    sums = {k: sha256(folder/f'x.{k}') for k in ('csv', 'png')}
+    about = dict(sha256=sums, checkpoints={'figures/small/checkpoints/a/seed0': sha256(weights),
+    'runs/small/b/seed0': '0'*64})
+    (folder/'x.json').write_text(json.dumps(about))
+    assert stale_figures(folder) == {} and edited_figures('small') == {}
+    return folder
+
+@pytest.mark.parametrize('change, says, drawn_again', [
+    (lambda d: (d/'x.csv').write_text('a\n2\n'), 'x.csv was changed after the figure was drawn', True),
+    (lambda d: (d/'x.png').write_bytes(b'other'), 'x.png was changed after the figure was drawn', True),
+    (lambda d: (d/'x.csv').unlink(), 'x.csv is missing', True),
+    (lambda d: (d/'checkpoints/a/seed0/model.safetensors').write_bytes(b'others'),
+     'the weights of figures/small/checkpoints/a/seed0 are not those that it was drawn from', False),
+    (lambda d: (d/'x.json').write_text('{"sha'), 'x.json is no JSON that can be read', True)],
+    ids=['csv', 'png', 'gone', 'weights', 'json'])
+def test_what_contradicts_its_json_is_said(drawn, capsys, monkeypatch, change, says, drawn_again):
+    "In the library, by the launcher, in the report, and by the script that fills README.md and RESULTS.md."
+    import readme
+
+    from jepa_nb.report import Notes, read_figure_at_tier
+    change(drawn)
+    (why,), = stale_figures(drawn).values()
+    assert why.startswith(says)
+    assert list(edited_figures('small')) == ['figures/small/x.png']*drawn_again
+    print_stale_figures('small')
+    assert says in ' '.join(capsys.readouterr().err.split())
+    page = read_figure_at_tier(drawn.parents[1].resolve(), 'small', 'x', Notes(drawn.parents[1].resolve()))
+    assert any(says in line for line in (*page.stale, *page.lines))
+    monkeypatch.setattr(readme, 'ROOT', drawn.parents[1].resolve())
+    with pytest.raises(SystemExit) as e: readme.refuse_stale()
+    assert says in str(e.value) and len(str(e.value).splitlines()) == 1
+
+def test_pages_show_text_as_text(tmp_path):
+    "Names, settings and numbers of files: no markup, no end of a block, no file that is read in."
+    from jepa_nb.report import FigureAtTier
+    from jepa_nb.site import templates
+    odd = '"><script>alert(1)</script>\n'+'`'*12+'\n```{include} /etc/passwd\n```\r\n<img src=x onerror=alert(1)>'
+    f = FigureAtTier('small', 'committed', png='files/x.png', csv='files/x.csv', files=('files/x.png',), columns=(odd,),
+                     rows=({odd: odd},), total=1, scale=odd, answers=(dict(verdict='holds', ours=odd, reason=odd),),
+                     stale=(odd,), provenance=((odd, odd),), lines=(odd,),
+                     weights=(dict(path=odd, hash=odd, state=odd),))
+    page = templates(ROOT).get_template('figure.md').render(
+        stem='x', title='T', caption='C', every=[f], drawn=[f], tiers=[dict(name='small')], lines=[odd], claims=[],
+        published=[])
+    assert '<script>alert' not in page and '<img src=x' not in page and page.count('&lt;script&gt;') > 8
+    fences = [line for line in page.splitlines() if line.startswith('`')]
+    assert len(fences)%2 == 0 and set(fences) == {'`'*12, '`'*12+'{raw} html'}

@@ -19,7 +19,7 @@ from jepa_nb.folders import find_layout, list_folder
 from jepa_nb.images import DataError
 from jepa_nb.paths import expand_path, shard_files
 from jepa_nb.probes import dense_classes, knn, linear_probe
-from jepa_nb.recipes import make_config, make_set
+from jepa_nb.recipes import ConfigError, load_config, make_config, make_set, save_config
 from jepa_nb.shards import write_shards
 from jepa_nb.sources import FolderSource, open_source
 from jepa_nb.tasks import make_task, match_classes, run_source
@@ -350,6 +350,25 @@ def test_home_and_variables(monkeypatch, tmp_path):
     with pytest.raises(DataError, match='NOT_SET'): expand_path('$NOT_SET/x')
 
 
+WORDS = ['2021', '007', '1e5', '2021-01-01', '{a,b}', '[2021]', 'on', '~', 'a: b', 'photos #1', '@x']
+
+
+@pytest.mark.parametrize('word', WORDS)
+def test_a_path_on_the_command_line_is_a_text(word):
+    assert make_config({}, ['data.kind=folder', f'data.path={word}']).data.path == word
+    cfg = make_config(dict(data=dict(kind='folder', path=word)))
+    save_config(cfg, 'config.yaml')
+    assert load_config('config.yaml') == cfg
+
+
+def test_paths_that_yaml_reads_as_something_else():
+    assert make_config({}, ['data.path=null']).data.path is None
+    assert make_config({}, ['data.kind=folder', 'data.path="photos"']).data.path == 'photos'
+    Path('recipe.yaml').write_text('data: {kind: folder, path: 2021}')
+    with pytest.raises(ConfigError, match="data.path: should be a text, not 2021; in quotes"):
+        load_config('recipe.yaml')
+
+
 # ---- results
 
 def test_a_result_displaces_no_other(capsys):
@@ -397,7 +416,6 @@ def test_sets_are_written_where_braces_are():
 
 
 def test_results_of_committed_checkpoints_go_below_runs(root):
-    from jepa_nb.recipes import make_config
     from jepa_nb.results import result_file
     os.chdir(root)
     committed = 'figures/small/checkpoints/fn_ln/seed0'

@@ -1,8 +1,10 @@
 """What runs again when something changes, and what a kill leaves. The jobs are stubs; the graph, the launcher and
 make are the real ones."""
 import contextlib
+import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -133,6 +135,31 @@ def test_only_what_depends_on_it_runs_again(finished, tmp_path, change):
     do, want = CHANGES[change]
     do(folder)
     assert plan(folder) == want
+
+
+def test_an_edited_figure_is_said_and_drawn_again(finished, tmp_path):
+    "A CSV that somebody edits, or weights that are exchanged, change no date that the graph looks at."
+    folder = tmp_path/'tree'
+    shutil.copytree(finished, folder)
+    csv, about = folder/'figures/tiny/a.csv', folder/'figures/tiny/a.json'
+    drawn = csv.read_bytes()
+    csv.write_text('method,acc\nours,99\n')
+    os.utime(csv, (1e9, 1e9))
+    weights = folder/'figures/tiny/kept/model.safetensors'
+    weights.parent.mkdir()
+    weights.write_bytes(b'others')
+    kept = folder/'figures/tiny/b.json'
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | dict(checkpoints={'figures/tiny/kept': '0'*64})))
+    r = make(folder, 'dry')
+    said = ' '.join(r.stderr.split())
+    assert 'a: a.csv was changed after the figure was drawn' in said and re.search(r'^figure +1 ', r.stdout, re.M)
+    assert 'b: the weights of figures/tiny/kept are not those that it was drawn from' in said
+    r = make(folder, 'reproduce')
+    assert r.returncode == 0 and 'a.csv was changed after the figure was drawn: it is drawn again' in r.stderr
+    assert csv.read_bytes() == drawn and 'the weights of figures/tiny/kept' in ' '.join(r.stderr.split())
+    assert plan(folder) == {}
+    about.write_text('{"tier": ')
+    assert 'a.json is no JSON' in make(folder, 'dry').stderr
 
 
 def test_depth_heads(tmp_path):
@@ -308,3 +335,68 @@ def test_second_start_says_who_is_at_work(tmp_path):
     pid = (folder/'.run.lock').read_text()
     assert r.returncode == 2 and f'another make reproduce (pid {pid}) is running' in r.stderr
     assert first.wait(timeout=300) == 0
+
+
+def test_data_that_is_not_there_is_one_line(tmp_path):
+    "The plan is printed nevertheless; to begin is refused with the same line."
+    data = dict(train=dict(kind='shards', path='$DATA/photos/train-*.tar'),
+                test=dict(kind='folder', path='$DATA/photos/test'))
+    folder = clone(tmp_path/'tree', TIER | dict(data=data))
+    r = make(folder, 'dry', DATA='else where')
+    line = "jepa_nb: data.train: there is no else where/photos/train-*.tar; DATA=else where says where images are"
+    said = [x for x in r.stderr.splitlines() if x.startswith('jepa_nb:')]
+    assert r.returncode == 0 and len(said) == 1 and said[0].startswith(line) and 'train ' in r.stdout, r.stdout+r.stderr
+    r = make(folder, 'reproduce', DATA='else where')
+    said = [x for x in r.stderr.splitlines() if x.startswith('jepa_nb:')]
+    assert r.returncode and len(said) == 1 and said[0].startswith(line), r.stdout+r.stderr
+
+
+def test_values_of_make_are_never_run(tmp_path):
+    "Folders and names that a shell would read as commands reach the program as they are."
+    folder = clone(tmp_path/'tree')
+    stub = folder/'words.py'
+    stub.write_text('import json, sys\nprint(json.dumps(sys.argv[1:]))\n')
+    makefile = (folder/'Makefile').read_text().replace(f'{sys.executable} -m jepa_nb.cli', f'{sys.executable} words.py')
+    (folder/'Makefile').write_text(makefile)
+    odd = "it's `touch CANARY` \"x\"; touch CANARY; & | {a} *"
+    for target in ('dry', 'reproduce', 'figures'):
+        r = subprocess.run(['make', '-s', target, f'DATA={odd}', f'SEED={odd}', f'TIER={odd}', 'CORES=2'], cwd=folder,
+                           env=environment(), capture_output=True, text=True, timeout=60)
+        assert r.returncode == 0, r.stderr
+        words = json.loads(r.stdout)
+        assert [words[words.index(f'--{k}')+1] for k in ('data', 'seed', 'tier')] == [odd]*3
+    assert not list(folder.rglob('CANARY*'))
+
+
+def test_the_graph_reads_the_tier_as_it_was_checked(tmp_path):
+    "Names of the first edition, keys that YAML would read as truths, and paths that it would read as dates."
+    runs = {'no': RUN['fn_ln'] | dict(ship=False, settings={'data.path': '2026-01-31'}), 'on': RUN['fn_ln']}
+    folder = clone(tmp_path/'tree', TIER)
+    text = yaml.safe_dump(TIER | dict(runs=runs, figures=dict(b=dict(params=dict(images=3)))))
+    (folder/'params/tiny.yaml').write_text(text.replace("'no':", 'no:').replace("'on':", 'on:').replace("'2026-01-31'",
+                                                                                                       '2026-01-31'))
+    assert plan(folder)['train'] == 2
+    r = subprocess.run([sys.executable, '-m', 'snakemake', '--configfile', 'params/tiny.yaml', '--cores', '1',
+    '--dry-run',
+                        '--printshellcmds', '--quiet', 'host'], cwd=folder, env=environment(), capture_output=True,
+                       text=True, timeout=300)
+    commands = [line for line in r.stdout.splitlines() if ' train params' in line]
+    assert r.returncode == 0 and len(commands) == 2, r.stdout+r.stderr
+    words = [shlex.split(line) for line in commands]
+    assert {w for w in words[0]+words[1] if w.startswith(('data.path', 'run.name'))} >= {
+        "data.path='2026-01-31'", "run.name='no'", "run.name='on'"}
+
+
+LISTENS = re.compile(r'0\.0\.0\.0|http\.server|HTTPServer|socketserver|\.bind\(|\.listen\(|start_server|tcp://')
+
+
+def test_nothing_listens_beyond_this_machine():
+    "No server in the library or the workflow; kernels talk through files; JupyterLab is told the loopback address."
+    files = [*(ROOT/'jepa_nb').glob('*.py'), *(p for p in (ROOT/'workflow').rglob('*') if p.is_file()), ROOT/'Makefile']
+    found = {p.name: m[0] for p in files if p.suffix not in ('.pyc', '.png')
+             and (m := LISTENS.search(p.read_text(errors='replace')))}
+    assert found == {}
+    labs = [line for line in (ROOT/'Makefile').read_text().splitlines() if 'jupyter lab' in line]
+    assert labs and all('--ServerApp.ip=127.0.0.1' in line for line in labs)
+    from jepa_nb.cli import private_kernel
+    assert private_kernel('/nowhere')().transport == 'ipc'

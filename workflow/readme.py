@@ -8,6 +8,8 @@ import re
 import sys
 from pathlib import Path
 
+from jepa_nb.figure_files import stale_figures
+
 ROOT = Path(__file__).resolve().parent.parent
 # whose figures are committed, and what their runs were trained on
 TIERS = dict(small='CIFAR-10', medium='Tiny ImageNet, 100 classes')
@@ -145,7 +147,15 @@ def filled(text, name):
     return re.sub(r'<!-- numbers: (\w+)( \w+)? -->\n.*?<!-- end -->', block, text, flags=re.S)
 
 
+def refuse_stale():
+    "Numbers are taken from no figure whose CSV, picture or weights are not those that its JSON names."
+    for tier in TIERS:
+        for name, why in stale_figures(ROOT/'figures'/tier, ROOT).items():
+            sys.exit(f"figures/{tier}/{name}: {'; '.join(why)}; make figures TIER={tier} draws it again")
+
+
 if __name__ == '__main__':
+    refuse_stale()
     for path in (ROOT/name for name in FILES):
         old = path.read_text()
         new = filled(old, path.name)
