@@ -299,8 +299,7 @@ def test_deterministic_mode_changes_nothing_on_a_cpu_and_names_what_it_forbids(t
 SHORT = dict(
     data=dict(images=64, side=32), scale=dict(min_side=4, max_side=8),
     pack=dict(rows=2, context=64, target=104, pool=8),
-    encoder=dict(patch=4, dim=32, depth=1, heads=2, norm_out='layernorm'),
-    predictor=dict(dim=16, depth=1, heads=2),
+    encoder=dict(patch=4, dim=32, depth=1, heads=2, norm_out='layernorm'), predictor=dict(dim=16, depth=1, heads=2),
     optim=dict(lr=1e-3, warmup=10), teacher=dict(warmup=20, steady=.99, ramp=1000),
     run=dict(steps=100, save_every=100, log_every=5, threads=1, device='cpu'))
 NO_AVERAGE = ('teacher.start=0', 'teacher.steady=0', 'teacher.end=0')
