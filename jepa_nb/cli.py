@@ -77,7 +77,8 @@ def cli(ctx):
 @click.option('--from', 'start', metavar='CHECKPOINT',
               help="Begin at another run's checkpoint, at the next epoch of the data: a resume as FN's code does it.")
 def train_command(recipe, words, out, restart_if_changed, start):
-    "Train a recipe: a YAML file, and settings laid over it, e.g. run.steps=2000."
+    """Train a recipe: a YAML file, and settings laid over it, e.g. run.steps=2000. SIGINT, SIGTERM, SIGHUP and SIGUSR1
+    save and leave with 128 plus the signal's number as exit code; a second one ends at once."""
     cfg, run = read_run_config(recipe, words, out)
     from jepa_nb.checkpoint import verify_checkpoint
     from jepa_nb.recipes import ConfigError, check_data

@@ -110,7 +110,7 @@ def optimizer_step(
     opt.zero_grad(set_to_none=True)
 
 def gradient_norm(
-    jepa:JEPA,
+    jepa:JEPA, # after the backward pass
     n:Tensor,  # [] scored tokens, over all processes
     world:int, # number of processes, over which gradients are means
 )->Tensor:     # []
@@ -118,8 +118,8 @@ def gradient_norm(
     return nn.utils.get_total_norm([p.grad for p in jepa.parameters() if p.grad is not None])*world/n
 
 def apply_update(
-    jepa:JEPA,
-    opt:torch.optim.Optimizer,
+    jepa:JEPA,                 # its config has the schedules
+    opt:torch.optim.Optimizer, # of `make_optimizer`
     step:int,         # index of the update
     divisor:Tensor,   # [] of the gradients
     found_inf:Tensor, # [] bool; True: change nothing

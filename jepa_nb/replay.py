@@ -130,7 +130,7 @@ def _say_differences(run, before, now):
 
 # %% ../nbs/38_replay.ipynb #09274107
 def save_replay(
-    r:Replayed,
+    r:Replayed,         # of `replay`
     run:Path,           # run folder
     out:str|Path|None=None, # .npz; None: run/replay/update_<step>.npz
 )->Path:

@@ -184,8 +184,8 @@ def init_or_resume(
 def compute_gradients(
     model:nn.Module, # JEPA, or what wraps it
     batches,         # of `loader`; the next `run.accumulate` are taken
-    cfg:Config,
-    ctx:DistContext,
+    cfg:Config,      # `run.accumulate`, `run.seed`, `pack.rows`
+    ctx:DistContext, # of this process
     amp,             # autocast context of the run
     step:int,        # index of the update
     observe,         # called with output, scored tokens and batch, for each of the batches
