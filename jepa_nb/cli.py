@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SYSTEM_ERRORS', 'REFUSALS', 'replace_option', 'skipped_option', 'split_option', 'PUBLIC', 'is_refusal',
            'refusal_text', 'drop_stdout', 'refuse_platform', 'Verbs', 'cli', 'train_command', 'move_aside',
-           'figure_command', 'yaml_value', 'private_kernel', 'run_notebook', 'data_group', 'shards_command',
-           'print_shards', 'cifar10_command', 'scenes_command', 'public_set_command', 'digits_command',
-           'export_command', 'convert_command', 'reproduce_command', 'report_command', 'explain_option', 'main']
+           'replay_command', 'doctor_command', 'figure_command', 'yaml_value', 'private_kernel', 'run_notebook',
+           'data_group', 'shards_command', 'print_shards', 'cifar10_command', 'scenes_command', 'public_set_command',
+           'digits_command', 'export_command', 'convert_command', 'reproduce_command', 'report_command',
+           'explain_option', 'main']
 
 # %% ../nbs/76_cli.ipynb #4de8f962
 import errno
@@ -76,7 +77,8 @@ def cli(ctx):
 @click.option('--from', 'start', metavar='CHECKPOINT',
               help="Begin at another run's checkpoint, at the next epoch of the data: a resume as FN's code does it.")
 def train_command(recipe, words, out, restart_if_changed, start):
-    "Train a recipe: a YAML file, and settings laid over it, e.g. run.steps=2000."
+    """Train a recipe: a YAML file, and settings laid over it, e.g. run.steps=2000. SIGINT, SIGTERM, SIGHUP and SIGUSR1
+    save and leave with 128 plus the signal's number as exit code; a second one ends at once."""
     cfg, run = read_run_config(recipe, words, out)
     from jepa_nb.checkpoint import verify_checkpoint
     from jepa_nb.recipes import ConfigError, check_data
@@ -117,6 +119,28 @@ def move_aside(
     click.echo(f'{run}: was begun with other settings; kept as {run.name}.old-{n}', err=True)
 
 for command in (eval_command, depth_command, ranks_command): cli.add_command(command) # of `cli_eval`
+
+# %% ../nbs/76_cli.ipynb #562e509e
+@cli.command('replay')
+@click.argument('run')
+@click.argument('words', nargs=-1, metavar='[NAME=VALUE]...')
+@click.option('--step', type=int, required=True, help='The update, from 1, as the log counts them.')
+@click.option('--out', metavar='FILE', help='Where the arrays go; default RUN/replay/update_<step>.npz.')
+@click.option('--pixels', is_flag=True, help='Save the pixels of the batch too.')
+def replay_command(run, words, step, out, pixels):
+    "Make one update of RUN again: images, masks and the loss of every token, bit for bit."
+    from jepa_nb.replay import describe_replay, replay, save_replay
+    r = replay(run, step, pixels, words, progress=sys.stderr.isatty())
+    click.echo(describe_replay(r))
+    click.echo(save_replay(r, run, out))
+
+@cli.command('doctor')
+@click.argument('run')
+def doctor_command(run):
+    "Say whether RUN is healthy, undertrained, collapsing or collapsed, and what in its log shows that."
+    from jepa_nb.diagnosis import describe_diagnosis, diagnose
+    click.echo(describe_diagnosis(run, diagnose(run)))
+
 
 # %% ../nbs/76_cli.ipynb #952090af
 @cli.command('figure')

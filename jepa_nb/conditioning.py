@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['patches_per_token', 'same_group', 'index_in_group', 'assign_pool_ids', 'PoolAssignment', 'gather_slots',
            'block_pool_sizes', 'unique_slots', 'assign_targets', 'assign_context', 'pool_positions',
-           'max_conditioning_tokens', 'shuffle_positions', 'Conditioner', 'pool_grid', 'image_conditioning_tokens',
-           'resolve_pooling', 'inference_conditioning', 'mean_includes_conditioning']
+           'max_conditioning_tokens', 'RankGenerator', 'row_uniforms', 'shuffle_positions', 'Conditioner', 'pool_grid',
+           'image_conditioning_tokens', 'resolve_pooling', 'inference_conditioning', 'mean_includes_conditioning']
 
 # %% ../nbs/24_conditioning.ipynb #c0d24003
 from functools import lru_cache
@@ -169,13 +169,33 @@ def max_conditioning_tokens(
     else: context = images + slots//smallest
     return images*targets, context
 
+# %% ../nbs/24_conditioning.ipynb #82d34d7e
+class RankGenerator(NamedTuple):
+    "A generator that all processes seed alike, and which rows of the batch are this process's."
+    g:torch.Generator # on the device
+    rank:int          # of this process, from 0
+    world:int         # number of processes; each has as many rows
+    rows:int          # of this process
+
+def row_uniforms(
+    shape,  # [m n]; m is `rows`, or several copies of the rows, one copy after the other
+    g,      # torch.Generator, RankGenerator, or None: torch's global generator
+    device, # of the result
+)->Tensor:  # [m n] in [0, 1)
+    "Uniform random numbers for the rows of a batch; with a `RankGenerator`, this process's part of the whole batch's."
+    if not isinstance(g, RankGenerator): return torch.rand(shape, generator=g, device=device)
+    copies, first = shape[0]//g.rows, g.rank*g.rows
+    u = torch.rand((shape[0]*g.world, *shape[1:]), generator=g.g, device=device).unflatten(0, (copies, -1))
+    return u[:, first:first+g.rows].flatten(0, 1)
+
+
 # %% ../nbs/24_conditioning.ipynb #c0d24028
 def shuffle_positions(
     image:Tokens,                # pos and sample of the patches
-    g:torch.Generator|None=None, # randomness; None: torch's global generator
+    g=None,                      # randomness, see `row_uniforms`
 )->Tokens:
     "Permute the positions of the patches at random, within each image (a control)."
-    order = torch.rand(image.sample.shape, generator=g, device=image.sample.device).argsort(1)
+    order = row_uniforms(image.sample.shape, g, image.sample.device).argsort(1)
     by_image = image.sample.argsort(dim=1, stable=True) # slots, image by image
     shuffled = order.gather(1, image.sample.gather(1, order).argsort(dim=1, stable=True)) # shuffled in each image
     two = lambda ids: ids[..., None].expand(-1, -1, 2)

@@ -280,6 +280,8 @@ class RunConfig:
     # precision of float32 products; medium is 2.2x faster on many CPUs, and its error is logged
     matmul:Literal['highest', 'high', 'medium']='medium'
     compile:bool=False        # torch.compile
+    # the same numbers in every run on one GPU; operations that cannot have that are refused by name
+    deterministic:bool=False
     checkpointing:bool=False  # of activations: recompute blocks in the backward pass; a third more work, less memory
     threads:Annotated[int, Field(ge=0, le=1024)]=0 # CPU threads; sums depend on their number. 0: torch's choice
     log_every:Count=20        # updates between lines of the log
@@ -291,6 +293,7 @@ class RunConfig:
     rank_images:Count=25_600  # images for RankMe, at most (Garrido 2023)
     lidar_images:Count=1000   # images for LiDAR (Thilak 2023)
     lidar_views:Annotated[int, Field(ge=2)]=50 # views of each of them
+    timeout:Positive=3600     # seconds without a batch or an update after which the run ends, saying what it waited for
 
     def __post_init__(self):
         if self.rank_every%self.log_every:

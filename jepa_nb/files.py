@@ -265,7 +265,7 @@ def checkpoint_folders(
 
 def weights_file(path)->Path|None:
     "Return the weights file of a path: itself, a checkpoint's, or that of a run's newest checkpoint; else None."
-    path = Path(path)
+    path = present_folder(path)
     if path.is_file(): return path
     files = [path/'model.safetensors', *(c/'model.safetensors' for c in reversed(checkpoint_folders(path)))]
     return next((p for p in files if p.is_file()), None)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .conditioning import Conditioner
+from .conditioning import Conditioner, row_uniforms
 from .config import Config
 from .model import Encoder, Predictor
 from .packing import Pack
@@ -48,12 +48,13 @@ def keep_windows(
     keep:float,      # share kept, in (0, 1]
     drop:str,        # 'image' or 'row'
     slot_margin:float, # slots as a multiple of the expected number of kept windows, for drop='image'
-    g:torch.Generator|None=None, # randomness; None: torch's global generator
-)->tuple[Tensor,Tensor]: # [b s] ids of the kept windows, -1 padding; [] fraction of selected windows that fit
+    g=None,          # randomness, see `row_uniforms`
+)->tuple[Tensor,Tensor,Tensor]: # [b s] ids of the kept windows, -1 padding; [] share that fit; [] windows selected
     """Select windows at random, per image (at least one of each) or per row, for a fixed number of slots (FN §3.2.2).
-    Returns also the fraction of the selected windows that fit into the available slots (1: no overflow)."""
+    Returns also the fraction of the selected windows that fit into the available slots (1: no overflow), and the number
+    of selected windows, by which such fractions are averaged over processes."""
     w = sample.shape[1]
-    u = torch.rand(sample.shape, generator=g, device=sample.device)
+    u = row_uniforms(sample.shape, g, sample.device)
     is_real = sample >= 0
     if drop == 'row':
         slots, key, selected = max(1, round(keep*w)), u, is_real
@@ -65,8 +66,8 @@ def keep_windows(
     is_kept = key < torch.inf
     # with drop='row' at most `slots` windows of a row can be selected, so the denominator is capped
     max_selected = selected.numel() if drop == 'image' else len(sample)*slots
-    fit_share = is_kept.sum()/selected.sum().clamp(min=1, max=max_selected)
-    return ids.masked_fill(~is_kept, -1), fit_share
+    windows = selected.sum().clamp(min=1, max=max_selected)
+    return ids.masked_fill(~is_kept, -1), is_kept.sum()/windows, windows
 
 # %% ../nbs/30_jepa.ipynb #b8452474
 class PredictorRows(NamedTuple):
@@ -75,6 +76,7 @@ class PredictorRows(NamedTuple):
     context:Tensor  # [kb c] slot in `pack.context`, -1 padding
     target:Tensor   # [kb t] slot in `pack.target`, -1 padding
     fit_share:tuple # [] each: fractions of the selected context and target windows that fit into the slots
+    selected:tuple=(1, 1) # [] each: numbers of those windows
 
 def repeat_and_drop(
     context:Tensor,  # [b c] image of each context token, -1 padding
@@ -84,17 +86,18 @@ def repeat_and_drop(
     keep_context:float=.25,  # share of context windows kept
     keep_target:float=.25,   # share of target windows kept
     drop:str='image', slot_margin:float=1.5, # see `keep_windows`
-    g:torch.Generator|None=None, # randomness; None: torch's global generator
+    g=None,                      # randomness, see `row_uniforms`
 )->PredictorRows:
     "Repeat every row, and keep a random share of its windows in each repetition (FN §3.2.2)."
     tokens_per_window = window**2
     def draw_slots(sample, keep):
-        ids, fit_share = keep_windows(sample[:, ::tokens_per_window].repeat(repeats, 1), keep, drop, slot_margin, g)
+        ids, *fit = keep_windows(sample[:, ::tokens_per_window].repeat(repeats, 1), keep, drop, slot_margin, g)
         slots = ids[..., None]*tokens_per_window + torch.arange(tokens_per_window, device=ids.device)
-        return torch.where(ids[..., None] < 0, -1, slots).flatten(1), fit_share
-    c, context_fit = draw_slots(context, keep_context)
-    t, target_fit = draw_slots(target, keep_target)
-    return PredictorRows(torch.arange(len(context), device=c.device).repeat(repeats), c, t, (context_fit, target_fit))
+        return torch.where(ids[..., None] < 0, -1, slots).flatten(1), *fit
+    c, *context_fit = draw_slots(context, keep_context)
+    t, *target_fit = draw_slots(target, keep_target)
+    row = torch.arange(len(context), device=c.device).repeat(repeats)
+    return PredictorRows(row, c, t, *zip(context_fit, target_fit))
 
 # %% ../nbs/30_jepa.ipynb #d49f3486
 def one_row_per_block(
@@ -121,14 +124,14 @@ class Prediction(NamedTuple):
     pos:Tensor       # [m 2] in patches
     sample:Tensor    # [m] image in the batch, -1 padding
     flat_index:Tensor      # [m] predictor row * t + target slot
-    aux:dict         # moe_loss; kept_context, kept_target: `PredictorRows.fit_share`; shape (predictor rows, t)
+    aux:dict         # moe_loss; rows: `PredictorRows`; kept_context, kept_target: its fit_share; shape [2] (kb, t)
 
 class Output(NamedTuple):
     "What a training step returns."
     loss:Tensor       # [] what is minimised
     token_loss:Tensor # [kb t] mean over channels, 0 where not scored
     is_scored:Tensor  # [kb t] bool
-    aux:dict          # pred_loss, moe_loss, kept_context, kept_target, scored; target_features [m d]
+    aux:dict          # that of `Prediction`; pred_loss, scored; target_features [m d]
 
 # %% ../nbs/30_jepa.ipynb #c018fde4
 class JEPA(nn.Module):
@@ -243,7 +246,7 @@ def predict(
     pos, sample = t.pos.flatten(0, 1)[flat_index], t.sample.flatten()[flat_index]
     moe = [loss for loss in (moe_encoder, moe_predictor) if loss is not None]
     aux = dict(moe_loss=sum(moe) if moe else None, kept_context=rows.fit_share[0], kept_target=rows.fit_share[1],
-               shape=tuple(t.sample.shape))
+               rows=rows, shape=tuple(t.sample.shape))
     return Prediction(pred, target_features.flatten(0, 1)[flat_target_index], sample >= 0, pos, sample, flat_index, aux)
 
 # %% ../nbs/30_jepa.ipynb #9be12a13
@@ -265,9 +268,12 @@ def ema_(
     teacher:nn.Module, # changed in place
     encoder:nn.Module, # of the same shape
     beta:float,        # share of the old teacher kept
+    skip:Tensor|None=None, # [] bool, True: leave the parameters as they are; read on the device
 ):
     "Move the teacher's parameters towards the encoder's by an exponential moving average (IJ §3)."
-    torch._foreach_lerp_(list(teacher.parameters()), list(encoder.parameters()), 1-beta)
+    old, new = list(teacher.parameters()), list(encoder.parameters())
+    if skip is not None: new = [torch.where(skip, a, b) for a, b in zip(old, new)]
+    torch._foreach_lerp_(old, new, 1-beta)
     for (name, old), new in zip(teacher.named_buffers(), encoder.buffers()):
         uses_ema = name.endswith('threshold') and teacher.get_submodule(name.rpartition('.')[0]).is_initialised
         old.lerp_(new, 1-beta) if uses_ema else old.copy_(new)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from .config import AugmentConfig
 from .headers import one_line
@@ -262,6 +263,25 @@ def skip_empty(
         reason = f', e.g. {batch.skipped[-1]}' if batch.skipped else ''
         raise DataError(f"none of the images of {empty} batches in a row can be decoded{reason}")
 
+def _from_workers(dataset, name, cfg, workers, **sampler):
+    "What loader processes make. Raises DataError, which names the process, where one takes too long."
+    timeout = cfg.run.timeout
+    batches = iter(DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_identity, timeout=timeout,
+                              **sampler))
+    while True:
+        try: batch = next(batches)
+        except StopIteration: return
+        except RuntimeError as e:
+            if 'timed out' not in str(e): raise
+            k = batches._task_info[batches._rcvd_idx][0]
+            pid = batches._workers[k].pid
+            signal_handling._remove_worker_pids(id(batches)) # else torch raises an error about their end
+            batches._worker_pids_set = False
+            for w in batches._workers: w.kill() # one that is stopped would not end otherwise
+            raise DataError(f"{name}: loader process {k} (process {pid}) has given no batch for {timeout:g} s; "
+                            "run.timeout sets this limit, and data.workers=0 reads in the main process") from None
+        yield batch
+
 def _no_room(error)->bool:
     "Whether loader processes could not be started, or found no room to hand over their batches."
     words = re.compile(r'bus error|shared memory|shm_open|/dev/shm', re.I) # torch's
@@ -272,7 +292,7 @@ def _decoded_batches(decoder, planner, workers, again):
     "Batches in the order of the plan; `again` makes a planner that goes on from the state of a batch."
     state = None
     if workers:
-        batches = DataLoader(decoder, sampler=planner, batch_size=None, num_workers=workers, collate_fn=_identity)
+        batches = _from_workers(decoder, decoder.source.name, decoder.cfg, workers, sampler=planner)
         try:
             for batch in batches:
                 if isinstance(batch, DataError): raise batch
@@ -442,7 +462,9 @@ def _streamed(stream, cfg, rank, world, state, workers):
 def _with_state(packer, state, workers, apart):
     "Batches with the state of all workers, instead of their own worker's alone; `apart`: in loader processes."
     batches = packer(state).in_this_process(workers)
-    if apart: batches = DataLoader(packer(state), batch_size=None, num_workers=workers, collate_fn=_identity)
+    if apart:
+        streamed = packer(state)
+        batches = _from_workers(streamed, streamed.stream.name, streamed.cfg, workers)
     try:
         for k, batch in batches:
             if isinstance(batch, DataError): raise batch

@@ -68,11 +68,11 @@ def killed(work, rng, longest):
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, 'the child failed by itself'
     return os.WIFSIGNALED(status)
 
-def kill_saves(run, rng, longest):
+def kill_saves(run, rng, longest, cfg=None):
     "Kill a run until it is finished. Returns the kills; the newest step never becomes less."
     kills, step = 0, 0
     while not (run/'done.json').is_file():
-        kills += killed(lambda: train(make_config(TINY), run, progress=False), rng, longest)
+        kills += killed(lambda: train(cfg or make_config(TINY), run, progress=False), rng, longest)
         newest = newest_checkpoint(run) if checkpoint_folders(run) else None
         assert (newest[1]['step'] if newest else 0) >= step, 'a checkpoint was lost'
         if newest:

@@ -1,6 +1,5 @@
-"""Two processes that share the rows of a batch make the updates of one that has them all.
-What is repeated and dropped is drawn per process, so equality is tested where nothing is: repeats=1,
-keep_context=keep_target=1."""
+"""Several processes that share the rows of a batch make the updates of one that has them all, at the settings of the
+recipes: what is repeated and dropped is drawn for the whole batch."""
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import torch
 
 from jepa_nb import devices
 from jepa_nb.checkpoint import open_run, read_log
-from jepa_nb.devices import init_distributed
+from jepa_nb.devices import DistContext, init_distributed
 from jepa_nb.files import RunError
 from jepa_nb.recipes import make_config, save_config
 from jepa_nb.train import train
@@ -26,7 +25,6 @@ ROOT = Path(__file__).parents[1]
 TINY = dict(
     data=dict(images=64, side=32), scale=dict(min_side=4, max_side=8), pack=dict(rows=4, context=64, target=96, pool=8),
     encoder=dict(patch=4, dim=32, depth=2, heads=2, norm_out='dyntanh'), predictor=dict(dim=16, depth=1, heads=2),
-    objective=dict(repeats=1, keep_context=1, keep_target=1),
     optim=dict(warmup=5), teacher=dict(warmup=5, ramp=20, start=.5),
     run=dict(steps=4, save_every=2, log_every=2, threads=1, device='cpu'))
 
@@ -50,20 +48,51 @@ def together(cfg, run, world=2):
     ps = processes(code, world)
     assert [p.returncode for p in ps] == [0]*world, [p.errors for p in ps]
 
-@pytest.mark.parametrize('words', [(), ('masks.kind=multiblock', 'pack.image=96', 'pack.context=72',
-                                        'pack.target=64')], ids=['windows', 'blocks'])
-def test_two_are_one(tmp_path, words):
+BLOCKS = ('masks.kind=multiblock', 'pack.image=96', 'pack.context=72', 'pack.target=64')
+FN = ('objective.repeats=4', 'objective.keep_context=.25', 'objective.keep_target=.25')
+CROPS = ('scale.kind=crop', 'masks.kind=multiblock', 'masks.mask_group=4', 'pack.pool=1', 'pack.image=64',
+         'pack.context=56', 'pack.target=48', 'pack.static=false', 'objective.target_norm=layernorm')
+
+@pytest.mark.parametrize('world, words', [
+    (2, ('run.accumulate=2', *FN)), (4, (*FN, 'objective.drop=row', 'objective.slot_margin=1')),
+    (2, ('run.accumulate=2', *BLOCKS)),
+    (4, (*CROPS, 'condition.kind=shuffled', 'condition.passes=each'))],
+    ids=['fn', 'fn-row-four', 'blocks', 'shuffled-four'])
+def test_several_are_one(tmp_path, world, words):
     # on processors that multiply in bfloat16 the order of rows shows otherwise
-    cfg = make_config(TINY, ['run.accumulate=2', 'run.matmul=highest', *words])
+    cfg = make_config(TINY, ['run.matmul=highest', *words])
     train(cfg, tmp_path/'one', progress=False)
-    together(cfg, tmp_path/'two')
+    together(cfg, tmp_path/'many', world)
     start, one = (open_run(tmp_path/'one', step=s)[0].state_dict() for s in (2, 4))
-    two = open_run(tmp_path/'two')[0].state_dict()
+    many = open_run(tmp_path/'many')[0].state_dict()
     assert max((one[k]-start[k]).abs().max() for k in one) > 1e-4
-    for k in one: torch.testing.assert_close(two[k], one[k], atol=1e-5, rtol=1e-4, msg=lambda m: f'{k}: {m}')
-    a, b = read_log(tmp_path/'one'), read_log(tmp_path/'two')
-    assert a['step'] == b['step'] and a['images'] == b['images'] and a['skipped'] == b['skipped']
-    for k in ('loss', 'used', 'grad_norm'): assert b[k] == pytest.approx(a[k], rel=1e-4)
+    for k in one: torch.testing.assert_close(many[k], one[k], atol=1e-5, rtol=1e-4, msg=lambda m: f'{k}: {m}')
+    a, b = read_log(tmp_path/'one'), read_log(tmp_path/'many')
+    for k in ('step', 'images', 'skipped', 'context_tokens', 'target_tokens'): assert a[k] == b[k], k
+    for k in ('loss', 'used', 'grad_norm', 'rankme', 'feature_std', 'feature_cosine', 'kept_context', 'kept_target'):
+        assert b[k] == pytest.approx(a[k], rel=1e-4), k
+
+def test_draws_do_not_depend_on_the_number_of_processes():
+    "Which windows the rows of FN's predictor keep, and how conditioning is shuffled, bit for bit."
+    from jepa_nb.conditioning import shuffle_positions
+    from jepa_nb.devices import share_rows, step_generator
+    from jepa_nb.jepa import gather_tokens, repeat_and_drop
+    from jepa_nb.loader import loader
+    from jepa_nb.streams import open_data
+    cfg = make_config(TINY)
+    source = open_data(cfg.data)
+    def draws(world, rank, drop):
+        pack = next(loader(source, cfg, rank, world)).pack
+        g = share_rows(step_generator('cpu', 3, 1, 0, 0), DistContext(rank, world, torch.device('cpu')), 4)
+        samples = (gather_tokens(pack.image._replace(x=None), ids).sample for ids in (pack.context, pack.target))
+        rows = repeat_and_drop(*samples, 2, drop=drop, g=g)
+        pos = shuffle_positions(pack.image, g).pos
+        return rows.context.unflatten(0, (4, -1)), rows.target.unflatten(0, (4, -1)), pos[None]
+    for drop in ('image', 'row'):
+        whole = draws(1, 0, drop)
+        for world in (2, 4):
+            parts = [draws(world, rank, drop) for rank in range(world)]
+            for part, all_rows in zip(zip(*parts), whole): assert torch.equal(torch.cat(part, 1), all_rows)
 
 def test_two_go_on(tmp_path):
     "Resuming works for two as for one, bit for bit; here with repeats, dropping and experts."

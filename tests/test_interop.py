@@ -25,7 +25,6 @@ from jepa_nb.conditioning import inference_conditioning
 from jepa_nb.eval_config import EvalConfig, RankConfig
 from jepa_nb.evaluate import evaluate, rank_checkpoints
 from jepa_nb.features import image_tokens
-from jepa_nb.formats import InteropError
 from jepa_nb.frozen import dataset_features, encode_images
 from jepa_nb.interop import convert, read_any
 from jepa_nb.layers import sincos2d, sincos_table
@@ -34,6 +33,7 @@ from jepa_nb.patches import positions
 from jepa_nb.probes import knn
 from jepa_nb.recipes import ConfigError, make_config
 from jepa_nb.sources import open_source
+from jepa_nb.torch_files import InteropError
 from jepa_nb.train import train
 
 PLAIN = dict(position='sincos', qk_norm=False, attn_bias=True, norm_eps=1e-6, gelu='exact', pixels='imagenet')
@@ -389,9 +389,12 @@ def test_a_file_with_one_network(tmp_path):
     torch.save(d | dict(loss=np.array([print], dtype=object)), tmp_path/'object.pth.tar')
     with pytest.raises(InteropError, match='refused, nothing in it was run'):
         convert(tmp_path/'object.pth.tar', tmp_path/'no')
-    torch.save(dict(model=d['encoder']), tmp_path/'wrapped.pth')
-    with pytest.raises(InteropError, match='has none of encoder, target_encoder, predictor; it has model'):
-        convert(tmp_path/'wrapped.pth', tmp_path/'no')
+    torch.save(dict(model=d['target_encoder']), tmp_path/'wrapped.pth')
+    wrapped = convert(tmp_path/'wrapped.pth', tmp_path/'wrapped', heads=4)
+    assert torch.equal(encode_images(wrapped, [pictures(96)[0]])[0], encode_images(run, [pictures(96)[0]])[0])
+    torch.save(dict(model={'conv1.weight': torch.zeros(1)}), tmp_path/'resnet.pth')
+    with pytest.raises(InteropError, match='has no ViT in the names of I-JEPA and timm; its tensors are called model'):
+        convert(tmp_path/'resnet.pth', tmp_path/'no')
 
 
 def test_probes_at_another_size(tmp_path):

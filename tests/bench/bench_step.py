@@ -16,10 +16,9 @@ from jepa_nb.checkpoint import random_model
 from jepa_nb.devices import matmul_error, multiplies_bfloat16, pick_device, step_generator, to_device
 from jepa_nb.jepa import ema_
 from jepa_nb.loader import loader
-from jepa_nb.optim import beta_at, make_optimizer
+from jepa_nb.optim import beta_at, make_optimizer, optimizer_step
 from jepa_nb.recipes import load_config, make_config
 from jepa_nb.streams import open_data
-from jepa_nb.train import optimizer_step
 
 
 def step(jepa, opt, pack, cfg, k, attention, amp):
