@@ -232,12 +232,11 @@ def write_sets(
     make,         # (pattern) -> results by the name of the set
 )->dict:          # name of the set -> result and where it is
     "Evaluate on several sets, and write the results where they displace nothing else."
-    from jepa_nb.files import check_writable, writing
-    from jepa_nb.results import keep_result
-    home = Path(out.partition('{set}')[0]+'x').parent
-    check_writable(home/'x.json')
-    with writing(home): home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.tmp-eval-', dir=home) as d:
+    from jepa_nb.files import check_writable
+    from jepa_nb.results import keep_result, nearest_folder
+    first = Path(out.partition('{set}')[0]+'x')
+    check_writable(first)
+    with tempfile.TemporaryDirectory(prefix='.tmp-eval-', dir=nearest_folder(first)) as d:
         found = make(d+'/{set}.json')
         place = lambda k: keep_result(Path(d)/f'{k}.json', Path(out.replace('{set}', k)), {}, further=('checkpoint',))
         return {k: (r, place(k)) for k, r in found.items()}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['runs_home', 'find_runs', 'read_probe', 'read_ranks', 'read_baselines', 'above_baselines', 'has_own_images',
-           'result_file', 'result_home', 'keep_result', 'write_result']
+           'result_file', 'result_home', 'keep_result', 'nearest_folder', 'write_result']
 
 # %% ../nbs/44_results.ipynb #a2fd2c87
 import json
@@ -181,6 +181,10 @@ def keep_result(
     if why: print(f'{why}; this result is in {path}', file=sys.stderr)
     return path
 
+def nearest_folder(path:Path)->Path:
+    "The nearest folder above a path that is there; none is made before there is something to write."
+    return next(p for p in path.parents if p.is_dir())
+
 def write_result(
     out,              # as given on the command line
     wanted:Path|None, # else it goes here; None: it is not written
@@ -192,10 +196,8 @@ def write_result(
     if out is None and wanted is None: return make(None), None
     wanted, further = Path(out or wanted), ('checkpoint',) if out else () # a run folder may have been moved
     check_writable(wanted) # before hours of work
-    home = wanted.parent if out else next(p for p in wanted.parents if p.name == 'eval').parent
     about = dict(train=short_path(images[0].name), sizes=[s and size_fingerprint(s) for s in images])
-    with writing(wanted): home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.tmp-eval-', dir=home) as d:
+    with tempfile.TemporaryDirectory(prefix='.tmp-eval-', dir=nearest_folder(wanted)) as d:
         r = make(Path(d)/wanted.name)
         if 'images' not in r: about['images'] = [s and data_fingerprint(s) for s in images]
         return r, keep_result(Path(d)/wanted.name, wanted, about, with_all, further)
