@@ -115,8 +115,8 @@ def replay(
     for s in tqdm(range(state['step'], step), disable=not progress, desc=f'updates {state["step"]+1} to {step}'):
         n, loss, *_ = compute_gradients(model, batches, cfg, ctx, amp, s, keep if s+1 == step else lambda *_: None)
         if s+1 < step: apply_update(jepa, opt, s, n, never)
-    log = read_log(run) if (run/'log.jsonl').is_file() else dict(step=[])
-    logged = dict(zip(log['step'], log.get('grad_norm', []))).get(step)
+    log = read_log(run) if (run/'log.jsonl').is_file() else {} # an empty log has no columns
+    logged = dict(zip(log.get('step', []), log.get('grad_norm', []))).get(step)
     norm = gradient_norm(jepa, n, 1).item()
     return Replayed(step, folder, step-1-state['step'], (loss/n).item(), norm, logged, records)
 

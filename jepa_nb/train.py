@@ -348,7 +348,7 @@ class RunLogger:
         numbers = [ids for s, ids, _ in self.recent if s == step]
         keys = getattr(source, 'keys', None) # a stream has none
         batches = [dict(images=ids, keys=[keys[i] for i in ids] if keys else None) for ids in numbers]
-        batches, planner = self.ctx.gather(batches), gather_loader_state(planner, self.ctx)
+        batches, planner = self.ctx.gather(batches), planner and gather_loader_state(planner, self.ctx) # None: new run
         if not self.is_main: return ''
         state = dict(step=step, images=self.images, seconds=self.clock(), data=self.data, planner=planner,
                      meter=None, facts=self.runtime, **self.start)

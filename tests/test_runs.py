@@ -122,6 +122,26 @@ def test_nan_leaves_what_the_update_began_with(tmp_path, monkeypatch, words):
     train(tiny('run.steps=4', 'run.save_every=4', 'run.log_every=1', *words), good, progress=False)
     assert r.grad_norm == read_log(good)['grad_norm'][-1]
 
+NAN = """
+import jepa_nb.jepa as j, jepa_nb.train as t
+from jepa_nb.recipes import load_config
+old = j.jepa_loss
+j.jepa_loss = lambda p: (lambda o: o._replace(loss=o.loss*float('nan')))(old(p))
+try: t.train(load_config(RECIPE), RUN, progress=False)
+except t.RunError as e: raise SystemExit(str(e))
+"""
+
+@pytest.mark.parametrize('world', [1, 2])
+def test_nan_in_the_first_update(tmp_path, world):
+    save_config(tiny('pack.rows=4'), tmp_path/'r.yaml')
+    ps = processes(f"RECIPE, RUN = {str(tmp_path/'r.yaml')!r}, {str(tmp_path/'run')!r}\n{NAN}", world)
+    assert [p.returncode for p in ps] == [1]*world and all('Traceback' not in p.errors for p in ps), ps[0].errors
+    assert 'non-finite in update 1' in ps[0].errors and 'jepa_nb replay' in ps[0].errors
+    left = json.loads((tmp_path/'run/nonfinite/update_00000001.json').read_text())
+    assert len(left['ranks']) == world and all(ranks[0]['keys'] for ranks in left['ranks'])
+    r = replay(tmp_path/'run', 1)
+    assert r.again == 0 and r.batches[0]['keys'].tolist() == sum((ranks[0]['keys'] for ranks in left['ranks']), [])
+
 def test_skipped_teacher(monkeypatch):
     from jepa_nb.checkpoint import random_model
     jepa = random_model(tiny())
