@@ -27,7 +27,7 @@ from .files import training_progress
 from .conditioning import resolve_pooling
 from .config import Config
 from .eval_config import EvalConfig, RankConfig, SetConfig
-from .files import RunError, sha256, short_path, weights_file, write_atomic
+from .files import RunError, sha256, short_path, weights_file, write_atomic, write_together
 from .frozen import dataset_features, training_views
 from .heads import PROTOCOLS, head_probe
 from .images import DataError
@@ -230,8 +230,7 @@ def write_answers(
     answers = io.BytesIO()
     np.savez_compressed(answers, correct=correct, knn_correct=neighbours, labels=f.test_y.cpu().numpy(),
                         index=f.test_ids.cpu().numpy())
-    write_atomic(Path(out).with_suffix('.npz'), answers.getvalue())
-    write_atomic(out, json.dumps(result, indent=1)+'\n')
+    write_together({out: json.dumps(result, indent=1)+'\n', Path(out).with_suffix('.npz'): answers.getvalue()})
 
 # %% ../nbs/43_evaluate.ipynb #9608e31c
 def evaluate_sets(

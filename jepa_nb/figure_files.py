@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 
 from jepa_nb.files import (
-    git_commit, machine, repo_root, sha256, short_path, training_progress, versions, weights_file, write_atomic,
-    write_json,
+    git_commit, machine, repo_root, sha256, short_path, training_progress, versions, weights_file,
+    write_together,
 )
 from .recipes import load_config
 from .show import STYLE
@@ -260,7 +260,7 @@ def save_figure(
     seconds=None,    # that the notebook took; only the JSON has it
     notes=None,      # text or dict, anything else that a reader should know
 ):
-    "Write out.png, out.csv and out.json, each completely or not at all; none where picture and numbers are the same."
+    "Write out.png, out.csv and out.json, all or none of them; none where picture and numbers are the same."
     if out is None: return
     out, png = str(out).removesuffix('.png'), io.BytesIO()
     if not written_scale(fig): write_scale(fig, scale_line(tier, checkpoints), tier not in COMMITTED)
@@ -273,9 +273,8 @@ def save_figure(
         seconds=None if seconds is None else round(seconds, 1), scale=written_scale(fig), notes=notes,
         sha256=dict(csv=sha256(text.encode()), png=sha256(png))))
     if _is_drawn(out, png, text, record): return
-    write_atomic(out+'.png', png)
-    write_atomic(out+'.csv', text)
-    write_json(out+'.json', record, ensure_ascii=False)
+    write_together({out+'.json': json.dumps(record, indent=1, ensure_ascii=False)+'\n', out+'.csv': text,
+                    out+'.png': png})
 
 # %% ../nbs/06_figure_files.ipynb #5ca1e00d
 def _value(text:str):

@@ -16,6 +16,7 @@ import time
 import warnings
 from itertools import islice
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from jepa_nb import locks, shards
 from jepa_nb.checkpoint import read_log, run_lock
 from jepa_nb.cli import is_refusal, main, run_notebook
 from jepa_nb.devices import StopSignals, worker_shutdown_guard
+from jepa_nb.figure_files import save_figure
 from jepa_nb.files import LogFile, RunError, WriteError
 from jepa_nb.loader import loader
 from jepa_nb.locks import OwnerFile, file_lock, is_alive, lock_owner
@@ -376,6 +378,23 @@ def test_errors_of_the_system_are_one_line(capsys, monkeypatch):
         monkeypatch.setattr(jepa_nb.cli.cli, 'main', fail)
         assert call('eval') == 1 and capsys.readouterr().err == f'jepa_nb: {text}\n'
     assert not is_refusal(OSError(5, 'of no file').__class__(111, 'Connection refused'))
+
+
+def test_results_and_figures_that_do_not_fit_leave_nothing(tmp_path, disk, photos, capsys):
+    "Answers and result belong together, as do picture, table and record: one without the others is not left."
+    (tmp_path/'e').mkdir()
+    words = ['eval', 'pixels', '--train', photos, 'eval.hold_out=.3', 'eval.layers=last', '--out', tmp_path/'e/e.json']
+    for left in (100, 1500):
+        disk.folder, disk.left = tmp_path/'e', left
+        assert call(*words) == 1
+        one_line(capsys, 'cannot be written: No space left on device')
+        assert list((tmp_path/'e').iterdir()) == []
+    fig, _ = plt.subplots(figsize=(2, 1))
+    for left in (100, 3000):
+        disk.left = left
+        with pytest.raises(WriteError, match='No space left on device'):
+            save_figure(tmp_path/'e/fig', fig, [dict(a=k) for k in range(999)], {}, 'a claim')
+        assert list((tmp_path/'e').iterdir()) == []
 
 
 def test_names_that_are_too_long(tmp_path, photos, capsys):
