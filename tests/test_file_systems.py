@@ -1,6 +1,7 @@
 """Where it runs: file systems without locks, full and read-only disks, little shared memory, caches that cannot be
 written, and other people's kernels. What another file system answers is imitated, so that no mount is needed."""
 import errno
+import fcntl
 import gzip
 import io
 import json
@@ -185,6 +186,19 @@ def test_a_process_of_another_host_is_told_apart(tmp_path, no_flock, monkeypatch
     assert mine.acquire() is None and json.loads(path.read_text())['pid'] == os.getpid()
     mine.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_locks_and_owner_files_on_one_file_system(tmp_path, no_flock, monkeypatch):
+    "Another machine may mount it without locks: what it holds is respected by one that has them."
+    def refuse(holder, seconds): raise RuntimeError(holder)
+    path = tmp_path/'.lock'
+    with file_lock(path):
+        with monkeypatch.context() as m:
+            m.setattr(locks, 'fcntl', fcntl)
+            with pytest.raises(RuntimeError, match=f'process {os.getpid()}'), file_lock(path, refuse): pass
+    monkeypatch.setattr(locks, 'fcntl', fcntl)
+    (tmp_path/'.lock.owner').write_text(json.dumps(lock_owner() | dict(started='1'))) # of a dead process
+    with file_lock(path, refuse): assert [p.name for p in tmp_path.iterdir()] == ['.lock']
 
 
 def test_an_owner_shows_that_it_lives_and_stops_when_it_was_replaced(tmp_path, no_flock, monkeypatch):

@@ -281,13 +281,13 @@ def test_lost_shards_are_counted_in_the_log(site, stream, tmp_path, capsys):
     del site.files['t-3.tar']
     site.files['t-5.tar'] = site.files['t-5.tar'][:20000]
     words = ('data.kind=shards', f'data.path={site.url}/t-{{0..7}}.tar', 'data.shuffle=3', 'data.replace=false',
-             *SETTINGS, 'run.log_every=1', 'run.save_every=6')
+             *SETTINGS, 'run.log_every=1', 'run.save_every=4')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        whole = train(tiny(*words, 'run.steps=14'), tmp_path/'whole', progress=False)
+        whole = train(tiny(*words, 'run.steps=10'), tmp_path/'whole', progress=False)
         err = capsys.readouterr().err
-        part = train(tiny(*words, 'run.steps=6'), tmp_path/'part', progress=False)
-        part = train(tiny(*words, 'run.steps=14'), part, progress=False)
+        part = train(tiny(*words, 'run.steps=4'), tmp_path/'part', progress=False)
+        part = train(tiny(*words, 'run.steps=10'), part, progress=False)
     assert 'skipped: t-3.tar: HTTP Error 404' in err and 'skipped: t-5.tar: ' in err
     a, b = read_log(whole), read_log(part)
     assert a['skipped'] == b['skipped'] and a['loss'] == b['loss'] and a['skipped'][-1] >= 2
