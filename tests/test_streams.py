@@ -10,7 +10,7 @@ from itertools import islice
 
 import pytest
 import torch
-from test_first_aid import END, entry, good
+from test_first_aid import END, entry, good, jpeg
 from test_resume import tiny
 
 import jepa_nb.streams
@@ -177,7 +177,8 @@ def test_waiting_images_that_are_gone_are_counted(site, stream):
     batches = list(islice(loader(stream, cfg), 6))
     state = batches[-1].state
     site.files.clear()
-    with pytest.raises(DataError, match='nothing readable'): list(islice(loader(stream, cfg, state=state), 50))
+    with pytest.raises(DataError, match='nothing readable in .* lastly .*404'):
+        list(islice(loader(stream, cfg, state=state), 50))
     site.files = {f't-{k}.tar': good(9)+END for k in range(8)} # other images under the same names
     skipped = [s for b in islice(loader(stream, cfg, state=state), 3) for s in b.skipped]
     waiting = state['at'][0]['reader']
@@ -260,6 +261,16 @@ def test_an_archive_without_end_is_left(tmp_path, monkeypatch):
         assert got[:2] == ['g0', 'g1'] and 'g5' not in got and 'no image in 50000 bytes' in told[-1][1]
     (tmp_path/'long.tar').write_bytes(good(400)+END) # much longer, with images: read to its end
     assert len(list(read_shard(str(tmp_path/'long.tar'), None))) == 400 and os.path.getsize(tmp_path/'long.tar') > 5e5
+
+
+def test_labels_that_training_does_not_read(tmp_path):
+    "Words, floats and damaged JSON as labels: the images are read all the same."
+    odd = b''.join(entry(f'a{k}.jpg', jpeg(k))+entry(f'a{k}.{ending}', text) for k, (ending, text) in enumerate((
+        ('cls', b'cat'), ('cls', b'1.5'), ('json', b'{"label": "x"}'), ('json', b'{'), ('cls', b'7'))))
+    (tmp_path/'a.tar').write_bytes(odd+END)
+    told = []
+    got = list(read_shard(str(tmp_path/'a.tar'), lambda *a: told.append(a)))
+    assert [i.label for i in got] == [-1]*4+[7] and not told
 
 
 def test_patterns_and_addresses(site):
