@@ -32,7 +32,7 @@ from .depth_head import DPT, METRICS, ThreeConvs, depth_errors, depth_loss, head
 from .eval_config import DepthConfig
 from .features import batch_features
 from .frozen import center_square, dataset_features, load_encoder, warn_skipped
-from .files import RunError, repo_path, sha256, short_path, weights_file, write_atomic
+from .files import RunError, repo_path, sha256, short_path, weights_file, write_together
 from .result_files import place_result
 from .images import BadImage, DataError, to_rgb
 from .patches import center_crop
@@ -383,10 +383,10 @@ def write_depth(
     arrays = io.BytesIO()
     np.savez_compressed(arrays, **errors)
     out = place_result(out, result, ('.npz', '.safetensors'))
-    write_atomic(out.with_suffix('.safetensors'), head_bytes(head))
-    write_atomic(out.with_suffix('.npz'), arrays.getvalue())
-    result = result | dict(head_sha256=sha256(out.with_suffix('.safetensors')))
-    write_atomic(out, json.dumps(result, indent=1)+'\n')
+    head_file = head_bytes(head)
+    result = result | dict(head_sha256=sha256(head_file))
+    write_together({out: json.dumps(result, indent=1)+'\n', out.with_suffix('.npz'): arrays.getvalue(),
+                    out.with_suffix('.safetensors'): head_file})
 
 def evaluate_depth(
     run,                # a run or checkpoint; a Config: that model before training

@@ -27,7 +27,7 @@ from .files import training_progress
 from .conditioning import resolve_pooling
 from .config import Config
 from .eval_config import EvalConfig, RankConfig, SetConfig
-from .files import RunError, sha256, short_path, weights_file, write_atomic
+from .files import RunError, sha256, short_path, weights_file, write_atomic, write_together
 from .frozen import dataset_features, training_views
 from .heads import PROTOCOLS, head_probe
 from .images import DataError
@@ -250,8 +250,8 @@ def write_answers(
     labels = np.array(f.class_ids, np.int64)[f.test_y.cpu().numpy()]
     np.savez_compressed(answers, correct=correct, knn_correct=neighbours, labels=labels, index=f.test_ids.cpu().numpy())
     out = place_result(out, result)
-    write_atomic(out.with_suffix('.npz'), answers.getvalue())
-    write_atomic(out, json.dumps(result, indent=1)+'\n')
+    write_together({out: json.dumps(result, indent=1)+'\n', out.with_suffix('.npz'): answers.getvalue()})
+
 
 # %% ../nbs/43_evaluate.ipynb #9608e31c
 def evaluate_sets(

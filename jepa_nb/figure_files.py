@@ -24,7 +24,7 @@ from PIL import Image
 
 from jepa_nb.files import (
     git_commit, machine, read_json, repo_root, sha256, short_path, training_progress, versions, weights_file,
-    write_atomic, write_json,
+    write_together,
 )
 from .recipes import load_config
 from .show import STYLE
@@ -261,7 +261,7 @@ def save_figure(
     seconds=None,    # that the notebook took; only the JSON has it
     notes=None,      # text or dict, anything else that a reader should know
 ):
-    "Write out.png, out.csv and out.json, each completely or not at all; none where picture and numbers are the same."
+    "Write out.png, out.csv and out.json, all or none of them; none where picture and numbers are the same."
     if out is None: return
     out, png = str(out).removesuffix('.png'), io.BytesIO()
     if not written_scale(fig): write_scale(fig, scale_line(tier, checkpoints), tier not in COMMITTED)
@@ -274,9 +274,8 @@ def save_figure(
         seconds=None if seconds is None else round(seconds, 1), scale=written_scale(fig), notes=notes,
         sha256=dict(csv=sha256(text.encode()), png=sha256(png))))
     if _is_drawn(out, png, text, record): return
-    write_atomic(out+'.png', png)
-    write_atomic(out+'.csv', text)
-    write_json(out+'.json', record, ensure_ascii=False)
+    write_together({out+'.json': json.dumps(record, indent=1, ensure_ascii=False)+'\n', out+'.csv': text,
+                    out+'.png': png})
 
 # %% ../nbs/06_figure_files.ipynb #2f53af9e
 @cache

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DISK_ERRORS', 'MAX_JSON_FILE', 'repo_root', 'repo_path', 'short_path', 'RunError', 'WriteError', 'writing',
-           'new_file', 'write_atomic', 'write_json', 'LogFile', 'check_writable', 'read_json', 'present_folder',
-           'new_folder', 'sha256', 'git_commit', 'versions', 'machine', 'checkpoint_step', 'checkpoint_folders',
-           'weights_file', 'training_progress']
+           'new_file', 'write_atomic', 'write_together', 'write_json', 'LogFile', 'check_writable', 'read_json',
+           'present_folder', 'new_folder', 'sha256', 'git_commit', 'versions', 'machine', 'checkpoint_step',
+           'checkpoint_folders', 'weights_file', 'training_progress']
 
 # %% ../nbs/02_files.ipynb #0600606d
 import ctypes
@@ -21,7 +21,7 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -106,6 +106,14 @@ def new_file(path):
 def write_atomic(path, data:str|bytes):
     "Write text (as UTF-8) or bytes to `path`, completely or not at all; see `new_file`."
     with new_file(path) as tmp: tmp.write_bytes(data.encode() if isinstance(data, str) else data)
+
+def write_together(
+    files:dict, # path -> text or bytes; the first takes its name last
+):
+    "Write several files that belong together: all of them, or none where the disk has no room for all."
+    with ExitStack() as stack:
+        for path, data in files.items():
+            stack.enter_context(new_file(path)).write_bytes(data.encode() if isinstance(data, str) else data)
 
 def write_json(
     path:str|Path,          # file to write

@@ -106,11 +106,16 @@ class OwnerFile:
     def acquire(self)->str|None: # None: held now; else who holds it
         "Create the file, or take it over from an owner that is dead."
         while not _create(self.path, self.owner):
-            other = _read_owner(self.path)
-            if other is not None and not self._is_dead(other): return describe_owner(other)
-            if other is not None: _remove(self.path, other.get('token'))
+            if holder := self.holder(): return holder
         threading.Thread(target=self._beat, daemon=True).start()
         return None
+
+    def holder(self)->str|None: # None: nobody
+        "Who holds the file; that of a dead owner is removed."
+        other = _read_owner(self.path)
+        if other is None: return None
+        if not self._is_dead(other): return describe_owner(other)
+        _remove(self.path, other.get('token'))
 
     def _is_dead(self, other):
         "Whether an owner has ended, or gave no sign of life for as long as this process watches."
@@ -211,7 +216,11 @@ def file_lock(
     path, start = Path(path), time.monotonic()
     file, fd = OwnerFile(path.with_name(f'{path.name}.owner'), say), None
     while True:
-        try: fd, holder = _try_lock(path)
+        try:
+            fd, holder = _try_lock(path)
+            if fd is not None and (holder := file.holder()): # of a machine that mounts this file system without locks
+                _held.discard(fd)
+                fd = os.close(fd)
         except NoLocks as e:
             announce_no_locks(path, e, say, f'{file.path.name} takes their place')
             try: holder = file.acquire()

@@ -24,7 +24,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .headers import IMAGE_ENDINGS, MAX_PIXELS, image_size, one_line
-from .images import BadImage, DataError
+from .images import UNREADABLE, BadImage, DataError
 from .recipes import check_data
 from .paths import check_path, expand_braces, is_remote, shard_files
 from .samples import NO_IMAGE, group_samples, is_photograph, read_label, split_name
@@ -212,8 +212,10 @@ def _encoded_image(key, parts, sample):
     if image is None: raise BadImage(f"{NO_IMAGE} beside {', '.join(sorted(parts)[:3])}")
     if parts[image][0] is None: raise BadImage(f'its .{image} has {parts[image][1]} bytes')
     try: size = image_size(parts[image][0])
-    except ValueError as e: raise BadImage(str(e)) from None
-    return EncodedImage(key, parts[image][0], size, read_label(parts, lambda part: part[0], sample))
+    except UNREADABLE as e: raise BadImage(one_line(e)) from None
+    try: label = read_label(parts, lambda part: part[0], sample)
+    except DataError: label = -1 # training reads no labels
+    return EncodedImage(key, parts[image][0], size, label)
 
 # %% ../nbs/14_streams.ipynb #0412b8aa
 def read_shard(
@@ -259,12 +261,13 @@ class Stream(IterableDataset):
         self.urls = [u for p in paths for u in expand(p)]
         self.name, self.seed, self.replace, self.shuffle = str(paths[0]), seed, replace, shuffle
         self.rank, self.world, self.epochs = rank, world, epochs
-        self.skipped = [] # (sample, reason) of what this process could not use
+        self.skipped, self.last = [], ('', 'empty') # (sample, reason) of what this process could not use; the last one
         self.is_quiet = False # somebody else says what was skipped
 
     def report(self, sample, reason):
         "Count an image or shard that cannot be used; warn at the 1st, 10th, 100th, ..."
-        self.skipped.append((sample, reason))
+        self.last = sample, reason
+        self.skipped.append(self.last)
         if not self.is_quiet and len(self.skipped) in (1, 10, 100, 1000, 10000):
             warnings.warn(f"{self.name}: {len(self.skipped)} skipped, e.g. {sample}: {reason}", stacklevel=3)
 
@@ -278,7 +281,7 @@ class Stream(IterableDataset):
 
     def nothing_readable(self, empty:int)->DataError:
         "The error for a stream of which `empty` shards gave nothing."
-        last = ': '.join(self.skipped[-1]) if self.skipped else 'empty'
+        last = ': '.join(filter(None, self.last))
         return DataError(f"{self.name}: nothing readable in {empty} of {len(self.urls)} shards, lastly {last}")
 
 # %% ../nbs/14_streams.ipynb #3eae0ea3

@@ -1,6 +1,7 @@
 """Where it runs: file systems without locks, full and read-only disks, little shared memory, caches that cannot be
 written, and other people's kernels. What another file system answers is imitated, so that no mount is needed."""
 import errno
+import fcntl
 import gzip
 import io
 import json
@@ -16,6 +17,7 @@ import time
 import warnings
 from itertools import islice
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
@@ -25,15 +27,18 @@ from PIL import Image
 from safetensors import SafetensorError
 
 import jepa_nb.loader
+import jepa_nb.shared_memory
 from jepa_nb import locks, shards
 from jepa_nb.checkpoint import read_log, run_lock
 from jepa_nb.cli import is_refusal, main, run_notebook
 from jepa_nb.devices import StopSignals, worker_shutdown_guard
+from jepa_nb.figure_files import save_figure
 from jepa_nb.files import LogFile, RunError, WriteError
-from jepa_nb.loader import loader, workers_that_fit
+from jepa_nb.loader import loader
 from jepa_nb.locks import OwnerFile, file_lock, is_alive, lock_owner
 from jepa_nb.recipes import make_config
 from jepa_nb.shards import write_shard, write_shards
+from jepa_nb.shared_memory import workers_that_fit
 from jepa_nb.sources import open_source
 from jepa_nb.streams import Stream
 
@@ -181,6 +186,19 @@ def test_a_process_of_another_host_is_told_apart(tmp_path, no_flock, monkeypatch
     assert mine.acquire() is None and json.loads(path.read_text())['pid'] == os.getpid()
     mine.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_locks_and_owner_files_on_one_file_system(tmp_path, no_flock, monkeypatch):
+    "Another machine may mount it without locks: what it holds is respected by one that has them."
+    def refuse(holder, seconds): raise RuntimeError(holder)
+    path = tmp_path/'.lock'
+    with file_lock(path):
+        with monkeypatch.context() as m:
+            m.setattr(locks, 'fcntl', fcntl)
+            with pytest.raises(RuntimeError, match=f'process {os.getpid()}'), file_lock(path, refuse): pass
+    monkeypatch.setattr(locks, 'fcntl', fcntl)
+    (tmp_path/'.lock.owner').write_text(json.dumps(lock_owner() | dict(started='1'))) # of a dead process
+    with file_lock(path, refuse): assert [p.name for p in tmp_path.iterdir()] == ['.lock']
 
 
 def test_an_owner_shows_that_it_lives_and_stops_when_it_was_replaced(tmp_path, no_flock, monkeypatch):
@@ -376,6 +394,23 @@ def test_errors_of_the_system_are_one_line(capsys, monkeypatch):
     assert not is_refusal(OSError(5, 'of no file').__class__(111, 'Connection refused'))
 
 
+def test_results_and_figures_that_do_not_fit_leave_nothing(tmp_path, disk, photos, capsys):
+    "Answers and result belong together, as do picture, table and record: one without the others is not left."
+    (tmp_path/'e').mkdir()
+    words = ['eval', 'pixels', '--train', photos, 'eval.hold_out=.3', 'eval.layers=last', '--out', tmp_path/'e/e.json']
+    for left in (100, 1500):
+        disk.folder, disk.left = tmp_path/'e', left
+        assert call(*words) == 1
+        one_line(capsys, 'cannot be written: No space left on device')
+        assert list((tmp_path/'e').iterdir()) == []
+    fig, _ = plt.subplots(figsize=(2, 1))
+    for left in (100, 3000):
+        disk.left = left
+        with pytest.raises(WriteError, match='No space left on device'):
+            save_figure(tmp_path/'e/fig', fig, [dict(a=k) for k in range(999)], {}, 'a claim')
+        assert list((tmp_path/'e').iterdir()) == []
+
+
 def test_names_that_are_too_long(tmp_path, photos, capsys):
     long = tmp_path/('n'*300)
     for words in (train_words(photos, long), ['data', 'shards', photos, long],
@@ -441,11 +476,11 @@ def test_only_loader_processes_that_have_room_are_started(sources, kind, monkeyp
     usual, said = batches(data, CFG, 2)
     assert not said
     for free in (0, 2**16, 5*10**5):
-        monkeypatch.setattr(jepa_nb.loader, '_shared_bytes', lambda: free)
+        monkeypatch.setattr(jepa_nb.shared_memory, 'shared_bytes', lambda: free)
         little, said = batches(data, CFG, 2)
         assert len(said) == 1 and '2 loader processes need' in said[0] and all(map(same, usual, little))
-    monkeypatch.setattr(jepa_nb.loader, '_shared_bytes', lambda: 2**40)
-    assert workers_that_fit(CFG, 64, 3) == 64
+    monkeypatch.setattr(jepa_nb.shared_memory, 'shared_bytes', lambda: 2**40)
+    assert workers_that_fit(64, 10**6) == 64
 
 
 @pytest.mark.parametrize('kind', [0, 1], ids=['local', 'stream'])
