@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_FORMATS', 'IMAGE_ENDINGS', 'ORIENTATION', 'NOT_FRAMES', 'PROGRESSIVE', 'XMP', 'TAIL', 'BYTES_PER_PIXEL',
-           'WIDE_MODES', 'OTHER_FILES', 'MAX_PIXELS', 'MAX_MEMORY', 'MAX_SLOW', 'MAX_FILE', 'HEAD', 'MAX_SCANS',
-           'SOME_SCANS', 'one_line', 'Decoding', 'ImageHeader', 'is_wide', 'pillow_turn', 'read_header', 'image_size',
-           'read_bytes', 'read_file_header', 'count_scans', 'check_file']
+           'WIDE_MODES', 'OTHER_FILES', 'MAX_PIXELS', 'MAX_MEMORY', 'MAX_SLOW', 'MAX_FILE', 'HEAD', 'SOME_SCANS',
+           'one_line', 'Decoding', 'ImageHeader', 'is_wide', 'pillow_turn', 'read_header', 'image_size', 'read_bytes',
+           'read_file_header', 'count_scans', 'check_file']
 
 # %% ../nbs/08_headers.ipynb #1826e507
 import io
@@ -245,8 +245,7 @@ def read_file_header(
 
 
 # %% ../nbs/08_headers.ipynb #f3f312f2
-MAX_SCANS = 100 # of one JPEG; encoders make about ten
-SOME_SCANS = 16 # as many as an image of MAX_PIXELS may have
+SOME_SCANS = 16 # of a JPEG of MAX_PIXELS, and more of a smaller one; encoders make about ten
 _MARKER = re.compile(rb'\xff[^\x00\x01\xff\xd0-\xd8]')
 
 def count_scans(
@@ -268,9 +267,10 @@ def check_file(
     "`read_header`, and the number of a JPEG's scans, each of which goes over all pixels. Raises ValueError."
     header = read_header(data)
     if header.format == 'JPEG':
-        scans, (H, W) = count_scans(data, header.frame), header.stored
-        most = min(MAX_SCANS, SOME_SCANS*MAX_PIXELS//(H*W))
-        if scans > most:
+        H, W = header.stored
+        most = SOME_SCANS*MAX_PIXELS//(H*W)
+        # a scan has at least ten bytes
+        if len(data) > 10*most and (scans := count_scans(data, header.frame)) > most:
             raise ValueError(f'{scans} scans of {H}x{W} pixels, which take long to decode; the limit is {most}')
     return header
 

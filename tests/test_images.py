@@ -262,13 +262,12 @@ def progressive(scans, side=64):
 
 
 def test_scans_are_counted_before_decoding(monkeypatch):
-    assert to_rgb(progressive(80)).shape == (64, 64, 3)
+    assert to_rgb(progressive(200)).shape == (64, 64, 3)  # cheap, since it is small
     data = bytearray(progressive(30))
     at = data.index(b'\xff\xc2')
     for name in ('_decode_simplejpeg', '_decode_pillow'): monkeypatch.setattr(images, name, None)  # not called
-    with pytest.raises(BadImage, match='206 scans'): to_rgb(progressive(200))
     data[at+5:at+9] = struct.pack('>HH', 9000, 9000)
-    with pytest.raises(BadImage, match='36 scans of 9000x9000'): to_rgb(bytes(data))
+    with pytest.raises(BadImage, match='36 scans of 9000x9000.*limit is 17'): to_rgb(bytes(data))
 
 
 def test_what_follows_the_picture_is_not_a_scan():
