@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import gzip
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -37,10 +38,20 @@ import yaml
 from PIL import Image
 
 from jepa_nb import config, masks, packing, recipes, shards, sources, streams, tiers
-from jepa_nb.images import BadImage, DataError, image_size, to_rgb
+from jepa_nb.images import BadImage, DataError, to_rgb
 from jepa_nb.recipes import ConfigError
 from jepa_nb.tiers import CliError
 
+
+def of_first(name, *modules):
+    "A function of the first of some modules that has it; inputs are worth trying on other commits, too."
+    for m in modules:
+        with contextlib.suppress(ImportError, AttributeError):
+            return getattr(importlib.import_module(f'jepa_nb.{m}'), name)
+
+
+image_size = of_first('image_size', 'headers', 'images')
+list_folder = of_first('list_folder', 'folders', 'sources')
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = ROOT/'tests/corpus'
 SECONDS, WAIT, MEGABYTES = 20, 300, 400 # of one input: of the processor, by the clock; memory
@@ -356,7 +367,7 @@ def check_folder(files, folder):
     "A folder is listed or refused; every image has the class of its folder, and images of one class have one number."
     tree = folder/'tree'
     build_folder(files, tree)
-    with one_line_refusals(): found, labels, classes = sources.list_folder(tree)[:3]
+    with one_line_refusals(): found, labels, classes = list_folder(tree)[:3]
     assert len(found) == len(set(found)) == len(labels) > 0, 'a file twice, or without a label'
     assert len(set(classes)) == len(classes), 'a class twice'
     for f, k in zip(found, labels.tolist()):
