@@ -504,7 +504,8 @@ def make_report(rng):
             at = inner
         if isinstance(at, dict) and at:
             odd = (None, 0, 1e400, 'x', '<script>x</script>', '\ud800', '`'*12, 'a\n'+'`'*12+'\nb', [], {}, [1])
-            at[key] = rng.choice((*odd, {'a': {'ours': []}}, True, ['<b>'], '/etc/passwd', 'a\0b', 2**70, {'': None}, {'<b>': 1}))
+            more = {'a': {'ours': []}}, True, ['<b>'], '/etc/passwd', 'a\0b', 2**70, {'': None}, {'<b>': 1}
+            at[key] = rng.choice((*odd, *more))
     return json.dumps(about).encode()
 
 
