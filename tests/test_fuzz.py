@@ -23,7 +23,7 @@ from jepa_nb.tiers import read_tier
 # no deadline: the machine may be busy; the same examples every time, so that a failure can be repeated
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None,
                suppress_health_check=list(HealthCheck))
-many = settings(few, max_examples=200)
+many = settings(few, max_examples=100)
 CORPUS = sorted(fuzz.CORPUS.glob('*-*.*'))
 
 
