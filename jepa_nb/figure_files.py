@@ -230,8 +230,10 @@ def _plain(v):
 def is_stale(
     out, # path of a figure, without suffix
 )->bool:
-    "Whether a figure's CSV or PNG differs from the one that its JSON was written for."
-    sums = json.loads(Path(f'{out}.json').read_text()).get('sha256', {})
+    "Whether a figure's CSV or PNG differs from the one that its JSON was written for, or that JSON cannot be read."
+    try: sums = read_json(f'{out}.json').get('sha256')
+    except ValueError: return True
+    if not isinstance(sums, dict): return True
     return any(not (p := Path(f'{out}.{k}')).is_file() or sha256(p) != sums.get(k) for k in ('csv', 'png'))
 
 def _is_drawn(out:str, png:bytes, text:str, record:dict)->bool:

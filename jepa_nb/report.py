@@ -21,6 +21,7 @@ from jepa_nb.claims import (
 from .figure_files import stale_reasons, weights_state
 from .files import read_json
 from .ledger import CLAIMS, resolve, rule, runs_of, what_decides
+from .recipes import printable
 
 # %% ../nbs/77_report.ipynb #2da038e9
 class ReportError(RuntimeError):
@@ -38,7 +39,7 @@ class Notes(list):
         "Record and print what is wrong with a file."
         path = Path(path)
         name = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path.name
-        if (line := f'{name}: {problem}') in self: return
+        if (line := printable(f'{name}: {problem}')) in self: return
         self.append(line)
         print(f'report: warning: {line}', file=sys.stderr)
 
@@ -225,10 +226,11 @@ def json_text(v)->str:
 
 def provenance_of(about:dict)->list[tuple[str,str]]: # label, text
     "Commit, parameters, seeds, seconds, machine and versions from a figure's JSON; what is not known is left out."
-    seeds = [re.search(r'seed(\d+)', p) for p in about.get('checkpoints') or {}]
+    mapping = lambda k: about.get(k) if isinstance(about.get(k), dict) else {}
+    seeds = [re.search(r'seed([0-9]{1,18})', p) for p in mapping('checkpoints')]
     seeds = sorted({m.group(1) for m in seeds if m}, key=int)
     seconds = about.get('seconds')
-    parameters = {k:v for k, v in (about.get('parameters') or {}).items() if v not in (None, [])}
+    parameters = {k:v for k, v in mapping('parameters').items() if v not in (None, [])}
     entries = [('commit', about.get('commit')), ('drawn in', None if seconds is None else f'{seconds} s'),
                ('machine', about.get('machine')), ('seeds', seeds), ('masks', about.get('masks')),
                ('versions', about.get('versions')), ('notes', about.get('notes')), ('parameters', parameters)]

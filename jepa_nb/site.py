@@ -238,7 +238,7 @@ def figure_order(stem:str)->tuple:
 def write(path:Path, text:str):
     "Write a page, and its folder where there is none."
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding='utf-8')
+    path.write_text(text, encoding='utf-8', errors='replace') # a name of a file need not be UTF-8
 
 def unreadable_page(title:str)->dict:
     "A notebook in place of one that cannot be read."

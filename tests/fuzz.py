@@ -37,6 +37,7 @@ import yaml
 from PIL import Image
 
 from jepa_nb import config, masks, packing, recipes, shards, sources, streams, tiers
+from jepa_nb.folders import list_folder
 from jepa_nb.headers import image_size
 from jepa_nb.images import BadImage, DataError, to_rgb
 from jepa_nb.recipes import ConfigError
@@ -357,7 +358,7 @@ def check_folder(files, folder):
     "A folder is listed or refused; every image has the class of its folder, and images of one class have one number."
     tree = folder/'tree'
     build_folder(files, tree)
-    with one_line_refusals(): found, labels, classes = sources.list_folder(tree)[:3]
+    with one_line_refusals(): found, labels, classes = list_folder(tree)[:3]
     assert len(found) == len(set(found)) == len(labels) > 0, 'a file twice, or without a label'
     assert len(set(classes)) == len(classes), 'a class twice'
     for f, k in zip(found, labels.tolist()):
@@ -478,6 +479,46 @@ def check_windows(case):
     assert (tiles.all((1, 3)) | ~tiles.any((1, 3))).all(), 'half a window is context'
 
 
+# ---- the report
+
+def make_report(rng):
+    "The JSON of a committed figure with some values replaced, or its bytes damaged."
+    data = rng.choice(sorted((ROOT/'figures').glob('*/*.json'))).read_bytes()
+    if rng.random() < .3: return mutated(rng, data)
+    about = json.loads(data)
+    for _ in range(rng.choice((1, 2, 4))):
+        at, path = about, 0
+        while isinstance(at, dict) and at and path < 3:
+            key, path = rng.choice(list(at)), path+1
+            inner = at[key]
+            if not isinstance(inner, dict) or rng.random() < .5: break
+            at = inner
+        if isinstance(at, dict) and at:
+            odd = (None, 0, 1e400, 'x', '<script>x</script>', '\ud800', '`'*12, 'a\n'+'`'*12+'\nb', [], {}, [1])
+            more = {'a': {'ours': []}}, True, ['<b>'], '/etc/passwd', 'a\0b', 2**70, {'': None}, {'<b>': 1}
+            at[key] = rng.choice((*odd, *more))
+    return json.dumps(about).encode()
+
+
+def check_report(data, folder):
+    "A figure's page is written whatever its JSON and CSV hold, or a note says why not; nothing of them is markup."
+    from jepa_nb import report, site
+    from jepa_nb.figure_files import stale_figures
+    tier = folder/'figures/small'
+    tier.mkdir(parents=True)
+    (tier/'x.json').write_bytes(data)
+    (tier/'x.csv').write_bytes(data[:300])
+    with contextlib.redirect_stderr(io.StringIO()):
+        f = report.read_figure_at_tier(folder, 'small', 'x', report.Notes(folder))
+    stale_figures(tier, folder)
+    page = site.templates(ROOT).get_template('figure.md').render(
+        stem='x', title='T', caption='C', every=[f], drawn=[f], tiers=[dict(name='small')], lines=f.lines, claims=[],
+        published=[])
+    site.write(folder/'x.md', page)
+    fences = {line for line in page.splitlines() if line.startswith('`')}
+    assert '<script>x' not in page and '<b>\'' not in page and fences <= {'`'*12, '`'*12+'{raw} html'}, fences
+
+
 # ---- the loop
 
 class Target(NamedTuple):
@@ -496,7 +537,8 @@ TARGETS = dict(
     image=Target(make_image, check_image, (BadImage,)),
     folder=Target(make_folder, check_folder, (DataError,)),
     plan=Target(make_plan, check_plan, (ConfigError, DataError)),
-    mask=Target(make_mask, check_mask, (ValueError,)))
+    mask=Target(make_mask, check_mask, (ValueError,)),
+    report=Target(make_report, check_report, ()))
 
 
 class TooSlow(BaseException): "An input took longer than it may."

@@ -3,6 +3,8 @@ tests/fuzz.py found once, tried again. `make` and `check` of a target are those 
 import random
 import subprocess
 import sys
+import warnings
+from types import SimpleNamespace
 
 import fuzz
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from jepa_nb import packing, recipes
 from jepa_nb.config import Config, MaskConfig
+from jepa_nb.images import DataError
 from jepa_nb.masks import check_blocks, multiblock_splits, window_split
 from jepa_nb.recipes import ConfigError, make_config, parse_yaml, setting_names, yaml_word
 from jepa_nb.tiers import read_tier
@@ -20,7 +23,7 @@ from jepa_nb.tiers import read_tier
 # no deadline: the machine may be busy; the same examples every time, so that a failure can be repeated
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None,
                suppress_health_check=list(HealthCheck))
-many = settings(few, max_examples=200)
+many = settings(few, max_examples=100)
 CORPUS = sorted(fuzz.CORPUS.glob('*-*.*'))
 
 
@@ -230,6 +233,37 @@ paths = st.tuples(st.lists(words, max_size=3), words).map(lambda p: '/'.join((*p
 @few
 @given(st.lists(st.tuples(paths, st.sampled_from(['file', 'file', 'empty', 'folder', 'dead link'])), max_size=8))
 def test_a_folder_is_listed_by_the_names_of_its_classes(files): tried('folder', [list(f) for f in files])
+
+
+labelled = st.lists(st.integers(-1, 3), max_size=12)
+called = st.none() | st.lists(st.sampled_from(['a', 'b', 'A', 'c', 'é', 'b ', '0', '1', '02',
+'dog']), min_size=4, max_size=4,
+                              unique=True)
+
+
+@many
+@given(labelled, called, labelled, called)
+def test_classes_are_matched_by_name(train_labels, train_names, test_labels, test_names):
+    "A test image gets the number that the training half gives to its class's name, or is left out and counted."
+    from jepa_nb.tasks import match_classes
+    halves = [SimpleNamespace(name=n, labels=np.array(y, np.int64), classes=c) for n, y, c in
+              (('train', train_labels, train_names), ('test', test_labels, test_names))]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: found = match_classes(*halves)
+        except DataError as e:
+            assert len(str(e).splitlines()) == 1
+            return
+    name = lambda names, k: str(names[k] if names else k)
+    assert len(found.labels) == len(test_labels)
+    for k, got in zip(test_labels, found.labels.tolist()):
+        if k < 0: assert got == -1
+        elif got >= 0:
+            both = name(train_names, got), name(test_names, k)
+            assert both[0] == both[1] or all(b.isdigit() for b in both) and int(both[0]) == int(both[1]), both
+            assert got in train_labels
+    lost = sum(k >= 0 and got < 0 for k, got in zip(test_labels, found.labels.tolist()))
+    assert sum(found.only_test.values()) == lost, 'left out and not counted'
 
 
 # ---- the graph's names
