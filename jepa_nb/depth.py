@@ -34,6 +34,7 @@ from .features import batch_features
 from .frozen import center_square, dataset_features, load_encoder, warn_skipped
 from .files import RunError, repo_path, sha256, short_path, weights_file, write_together
 from .result_files import place_result
+from .headers import one_line
 from .images import BadImage, DataError, to_rgb
 from .patches import center_crop
 from .recipes import load_config, make_depth, untrained_fingerprint
@@ -300,8 +301,7 @@ def open_head(
         head = Head(make_depth(about['depth']), about['dim'], about['patch'], about['layers'], about['side'])
         head.load_state_dict(load(data))
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as e:
-        why = ' '.join(str(e).split())[:120]
-        raise RunError(f"{short_path(path)}: not a depth head that can be read: {why}") from None
+        raise RunError(f"{short_path(path)}: not a depth head that can be read: {one_line(e)[:120]}") from None
     return head.eval()
 
 # %% ../nbs/47_depth.ipynb #aa4a78b6
@@ -384,9 +384,8 @@ def write_depth(
     np.savez_compressed(arrays, **errors)
     out = place_result(out, result, ('.npz', '.safetensors'))
     head_file = head_bytes(head)
-    result = result | dict(head_sha256=sha256(head_file))
-    write_together({out: json.dumps(result, indent=1)+'\n', out.with_suffix('.npz'): arrays.getvalue(),
-                    out.with_suffix('.safetensors'): head_file})
+    text = json.dumps(result | dict(head_sha256=sha256(head_file)), indent=1)+'\n'
+    write_together({out: text, out.with_suffix('.npz'): arrays.getvalue(), out.with_suffix('.safetensors'): head_file})
 
 def evaluate_depth(
     run,                # a run or checkpoint; a Config: that model before training

@@ -35,7 +35,7 @@ from .conditioning import RankGenerator
 from .config import Config
 from .files import RunError, WriteError, checkpoint_folders, checkpoint_step
 from .recipes import ConfigError
-from .shared_memory import MORE_ROOM, SHARED, is_no_room
+from .processes import MORE_ROOM, SHARED, is_no_room
 
 # %% ../nbs/34_devices.ipynb #0f83a955
 STOP_SIGNALS = tuple(getattr(signal, s) for s in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, s))

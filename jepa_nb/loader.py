@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_EMPTY', 'MAX_REFUSED', 'planned_split', 'render_view', 'write_patches', 'trim_slots', 'PackWriter', 'assemble',
-           'skip_empty', 'loader', 'pack_stream', 'pack_iterator', 'pack_images', 'pack_for_evaluation', 'first_fit']
+           'skip_empty', 'loader', 'pack_stream', 'pack_iterator', 'pack_images', 'pack_for_evaluation']
 
 # %% ../nbs/18_loader.ipynb #c586a2f5
 import math
@@ -19,19 +19,17 @@ from itertools import chain, islice
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torch.utils.data._utils import signal_handling
+from torch.utils.data import IterableDataset, get_worker_info
 
 from .config import AugmentConfig
 from .images import BadImage, DataError, to_rgb
 from .masks import Split, window_ids
 from jepa_nb.packing import (
     AUGMENT, PLAN, WINDOW_ORDER, Batch, Pack, PackingBuffer, Plan, PlannedImage, Planner, block_split, check_slots,
-    plan_image,
-    row_slots, uniforms,
+    first_fit, plan_image, row_slots, uniforms,
 )
 from .patches import AUGMENT_DRAWS, Tokens, augment, positions, resize
-from .shared_memory import is_no_room, say_no_room, workers_that_fit
+from .processes import batch_bytes, from_workers, is_no_room, say_no_room, share_batch, workers_that_fit
 from .streams import Stream, StreamReader
 
 # %% ../nbs/18_loader.ipynb #a0e28a7e
@@ -200,17 +198,8 @@ class _PlanDecoder:
         first, end = (len(plan.rows)*r//self.world for r in (self.rank, self.rank+1))
         def image(item): return self.source.image(item.dataset_index)
         def split(item): return planned_split(item, self.seed, self.cfg)
-        try: return _share(assemble(plan.rows[first:end], image, split, self.cfg, plan.state, seed=self.seed))
+        try: return share_batch(assemble(plan.rows[first:end], image, split, self.cfg, plan.state, seed=self.seed))
         except DataError as e: return e
-
-def _share(batch):
-    """In a loader process, move a batch to shared memory. Done here and not by the queue: where there is no room, the
-    queue would lose the batch, and the main process would wait for ever."""
-    if get_worker_info():
-        for t in (*batch.pack.image, *batch.pack[1:], batch.dataset_index): t.share_memory_()
-    return batch
-
-def _identity(x): return x
 
 MAX_EMPTY = 10 # batches in a row
 
@@ -235,35 +224,11 @@ def skip_empty(
         reason = f', e.g. {batch.skipped[-1]}' if batch.skipped else ''
         raise DataError(f"none of the images of {empty} batches in a row can be decoded{reason}")
 
-def _from_workers(dataset, name, cfg, workers, **sampler):
-    "What loader processes make. Raises DataError, which names the process, where one takes too long."
-    timeout = cfg.run.timeout
-    batches = iter(DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_identity, timeout=timeout,
-                              **sampler))
-    while True:
-        try: batch = next(batches)
-        except StopIteration: return
-        except RuntimeError as e:
-            if 'timed out' not in str(e): raise
-            k = batches._task_info[batches._rcvd_idx][0]
-            pid = batches._workers[k].pid
-            signal_handling._remove_worker_pids(id(batches)) # else torch raises an error about their end
-            batches._worker_pids_set = False
-            for w in batches._workers: w.kill() # one that is stopped would not end otherwise
-            raise DataError(f"{name}: loader process {k} (process {pid}) has given no batch for {timeout:g} s; "
-                            "run.timeout sets this limit, and data.workers=0 reads in the main process") from None
-        yield batch
-
-def _batch_bytes(cfg, rows):
-    "Bytes of a batch in shared memory: pixels, positions and ids, and the rest of a memory page for each."
-    n, C, T = row_slots(cfg)
-    return rows*(n*(3*cfg.encoder.patch**2+16) + 8*(C+2*T)) + 6*4096
-
 def _decoded_batches(decoder, planner, workers, again):
     "Batches in the order of the plan; `again` makes a planner that goes on from the state of a batch."
     state = None
     if workers:
-        batches = _from_workers(decoder, decoder.source.name, decoder.cfg, workers, sampler=planner)
+        batches = from_workers(decoder, decoder.source.name, workers, decoder.cfg.run.timeout, sampler=planner)
         try:
             for batch in batches:
                 if isinstance(batch, DataError): raise batch
@@ -295,11 +260,25 @@ def loader(
     if isinstance(source, Stream): return _streamed(source, cfg, rank, world, state, workers)
     decoder = _PlanDecoder(source, cfg, cfg.run.seed, rank, world)
     def plan(at): return Planner(source.sizes, cfg, cfg.run.seed, at or state, draws)
-    workers = workers_that_fit(workers, _batch_bytes(cfg, cfg.pack.rows//world))
+    workers = workers_that_fit(workers, batch_bytes(cfg, cfg.pack.rows//world))
     return skip_empty(_decoded_batches(decoder, plan(state), workers, plan), keep=world > 1)
 
 
 # %% ../nbs/18_loader.ipynb #a3963dca
+def _remaining_draws(images, state, contexts):
+    """(draw, image) that are left of a sequence and those that wait in the pool, and the image whose contexts are not
+    all drawn."""
+    each = (image for image in images for _ in range(contexts))
+    if 'reader' not in state:
+        draws, was_waiting = enumerate(each), set(state['pool'])
+        return draws, [d for d in islice(draws, state['next_draw']) if d[0] in was_waiting], None
+    # a reader's images are those behind `next_draw`; the last one before may have contexts left
+    *restored, newest = images.held
+    left = -state['next_draw']%contexts
+    if newest: draws = enumerate(chain([newest]*left, each), state['next_draw'])
+    else: draws = enumerate(each, state['next_draw']+left)
+    return draws, [d for d in zip(state['pool'], restored) if d[1] is not None], newest
+
 def pack_stream(
     images:Iterable,      # of any type that `size_of` and `pixels` take; a StreamReader goes on by itself,
                           # and a BadImage in place of an image counts as skipped
@@ -312,22 +291,16 @@ def pack_stream(
 )->Iterator[Batch]:       # `dataset_index` is the image's number in the sequence
     "Pack images in the order in which they arrive."
     state, held = state or dict(next_draw=0, pool=[]), {} # held: images of the buffer, by draw
-    contexts, was_waiting, newest = cfg.masks.contexts, set(state['pool']), None
+    contexts = cfg.masks.contexts
+    draws, restored, newest = _remaining_draws(images, state, contexts)
     def plan(draw, image):
         nonlocal newest
         held[draw] = newest = image
         u, v = uniforms(seed, PLAN, draw//contexts, 3).tolist()[1:]
         return plan_image(draw, draw//contexts, size_of(image), cfg, u, v, seed)
-    each = (image for image in images for _ in range(contexts))
-    if 'reader' in state: # its images are those behind `next_draw`; the last one before may have contexts left
-        *restored, newest = images.held
-        left = -state['next_draw']%contexts
-        draws = enumerate(chain([newest]*left, each), state['next_draw']) if newest else enumerate(each,
-            state['next_draw']+left)
-        waiting = [plan(draw, image) for draw, image in zip(state['pool'], restored) if image is not None]
-    else:
-        draws = enumerate(each)
-        waiting = [plan(*d) for d in islice(draws, state['next_draw']) if d[0] in was_waiting]
+    waiting, unfinished = [], newest
+    for draw, image in restored: waiting.append(plan(draw, image))
+    newest = unfinished
     refused, next_draw = {}, state['next_draw']
     def planned_images():
         for draw, image in draws:
@@ -355,7 +328,7 @@ def pack_iterator(
     """Packed batches of your own images, for your own training script. An image that cannot be used is left out and
     counted in `Batch.skipped`; DataError when MAX_REFUSED in a row, or all of them, cannot be used."""
     check_slots(cfg)
-    packed = pack_stream(_converted(images), cfg, seed, lambda x: x.shape[:2], _identity, cfg.pack.rows, state)
+    packed = pack_stream(_converted(images), cfg, seed, lambda x: x.shape[:2], lambda x: x, cfg.pack.rows, state)
     return skip_empty(packed)
 
 MAX_REFUSED = 100 # images in a row that `pack_iterator` leaves out before it ends
@@ -404,7 +377,7 @@ class _StreamPacker(IterableDataset):
                                                 state)):
                 lost = [] if is_again else [': '.join(s) for s in stream.skipped]
                 stream.skipped, is_again = [], False
-                yield k, _share(batch._replace(skipped=[*batch.skipped, *lost]))
+                yield k, share_batch(batch._replace(skipped=[*batch.skipped, *lost]))
         except DataError as e: yield k, e
 
     def in_this_process(self, workers):
@@ -429,14 +402,14 @@ def _streamed(stream, cfg, rank, world, state, workers):
     stream = copy(stream)
     stream.rank, stream.world, stream.seed = rank, world, cfg.run.seed
     return _with_state(lambda state: _StreamPacker(stream, cfg, cfg.pack.rows//world, state), state, n,
-                       workers > 0 and workers_that_fit(workers, _batch_bytes(cfg, cfg.pack.rows//world)) == workers)
+                       workers > 0 and workers_that_fit(workers, batch_bytes(cfg, cfg.pack.rows//world)) == workers)
 
 def _with_state(packer, state, workers, apart):
     "Batches with the state of all workers, instead of their own worker's alone; `apart`: in loader processes."
     batches = packer(state).in_this_process(workers)
     if apart:
         streamed = packer(state)
-        batches = _from_workers(streamed, streamed.stream.name, streamed.cfg, workers)
+        batches = from_workers(streamed, streamed.stream.name, workers, streamed.cfg.run.timeout)
     try:
         for k, batch in batches:
             if isinstance(batch, DataError): raise batch
@@ -514,18 +487,3 @@ def pack_for_evaluation(
             sample[r, a:a+lengths[k]] = k
             a += lengths[k]
     return Tokens(torch.from_numpy(x), torch.from_numpy(pos), torch.from_numpy(sample))
-
-def first_fit(
-    lengths:list[int],  # tokens of each image
-    slots:int,          # tokens of a row; at least the longest image
-)->list[list[int]]:     # images of each row
-    "Put images into rows, longest first, each into the first row where it fits."
-    rows, free = [], []
-    for k in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
-        r = next((r for r, n in enumerate(free) if n >= lengths[k]), len(rows))
-        if r == len(rows):
-            rows.append([])
-            free.append(slots)
-        rows[r].append(k)
-        free[r] -= lengths[k]
-    return rows

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RNG_CHUNK', 'PLAN', 'WINDOW_ORDER', 'EPOCH_ORDER', 'CROP', 'AUGMENT', 'BLOCKS', 'Pack', 'row_slots', 'Batch',
            'uniforms', 'epoch_order', 'block_split', 'PlannedImage', 'plan_size', 'plan_image', 'check_slots',
-           'choose_row_windows', 'choose_row_blocks', 'PackingBuffer', 'Plan', 'Planner']
+           'choose_row_windows', 'choose_row_blocks', 'PackingBuffer', 'first_fit', 'Plan', 'Planner']
 
 # %% ../nbs/17_packing.ipynb #5a9b0687
 from collections.abc import Iterable, Iterator
@@ -271,6 +271,22 @@ class PackingBuffer:
     def rows(self, n:int)->list[list[PlannedImage]]: # fewer when no image is left
         "Images of the next `n` rows."
         return list(islice(iter(self.row, []), n))
+
+# %% ../nbs/17_packing.ipynb #097db116
+def first_fit(
+    lengths:list[int],  # tokens of each image
+    slots:int,          # tokens of a row; at least the longest image
+)->list[list[int]]:     # images of each row
+    "Put images into rows, longest first, each into the first row where it fits."
+    rows, free = [], []
+    for k in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
+        r = next((r for r, n in enumerate(free) if n >= lengths[k]), len(rows))
+        if r == len(rows):
+            rows.append([])
+            free.append(slots)
+        rows[r].append(k)
+        free[r] -= lengths[k]
+    return rows
 
 # %% ../nbs/17_packing.ipynb #78342c53
 class Plan(NamedTuple):

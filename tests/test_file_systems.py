@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 import jepa_nb.loader
-import jepa_nb.shared_memory
+import jepa_nb.processes
 from jepa_nb import locks, shards
 from jepa_nb.checkpoint import read_log, run_lock
 from jepa_nb.cli import is_refusal, main, run_notebook
@@ -36,9 +36,9 @@ from jepa_nb.figure_files import save_figure
 from jepa_nb.files import LogFile, RunError, WriteError
 from jepa_nb.loader import loader
 from jepa_nb.locks import OwnerFile, file_lock, is_alive, lock_owner
+from jepa_nb.processes import workers_that_fit
 from jepa_nb.recipes import make_config
 from jepa_nb.shards import write_shard, write_shards
-from jepa_nb.shared_memory import workers_that_fit
 from jepa_nb.sources import open_source
 from jepa_nb.streams import Stream
 
@@ -476,10 +476,10 @@ def test_only_loader_processes_that_have_room_are_started(sources, kind, monkeyp
     usual, said = batches(data, CFG, 2)
     assert not said
     for free in (0, 2**16, 5*10**5):
-        monkeypatch.setattr(jepa_nb.shared_memory, 'shared_bytes', lambda: free)
+        monkeypatch.setattr(jepa_nb.processes, 'shared_bytes', lambda: free)
         little, said = batches(data, CFG, 2)
         assert len(said) == 1 and '2 loader processes need' in said[0] and all(map(same, usual, little))
-    monkeypatch.setattr(jepa_nb.shared_memory, 'shared_bytes', lambda: 2**40)
+    monkeypatch.setattr(jepa_nb.processes, 'shared_bytes', lambda: 2**40)
     assert workers_that_fit(64, 10**6) == 64
 
 
