@@ -112,8 +112,9 @@ def _png_header(b):
         end = i+12+int.from_bytes(b[i:i+4], 'big')
         if kind == b'eXIf': exif = bytes(b[i+8:end-4])
         i = end
-    tail = bytes(b[max(len(b)-TAIL, i):])
-    if (at := tail.rfind(b'eXIf')) >= 4: exif = tail[at+4:at+4+int.from_bytes(tail[at-4:at], 'big')]
+    if i+24+int.from_bytes(b[i:i+4], 'big') != len(b): # not one chunk of pixels and the end mark
+        tail = bytes(b[max(len(b)-TAIL, i):])
+        if (at := tail.rfind(b'eXIf')) >= 4: exif = tail[at+4:at+4+int.from_bytes(tail[at-4:at], 'big')]
     return ImageHeader('PNG', (height, width), _turn(exif) if exif else 1, 10, depth == 16 and color > 0)
 
 
