@@ -339,7 +339,8 @@ def collapse_state(
     if not np.isfinite([rank, std, cosine]).all(): return 'collapsed', 'a sign is not finite'
     k = max(3, n//10)
     r, s, m, recent_loss = (float(np.median(x[-k:])) for x in (rank, std, cosine, loss))
-    share, lowest = r/rank[0], min(np.median(rank[i-2:i+1]) for i in range(2, n))/rank[0]
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(rank, 3), 1) # of three lines each
+    share, lowest = r/rank[0], float(medians.min())/rank[0]
     i = int(np.argmin(loss))
     since = r/np.median(rank[max(0, i-1):i+2])
     fell = f"rankme {r:.1f}, {share:.2f} of the first"
