@@ -61,7 +61,7 @@ def launch_lock(
     def waiting(holder, seconds):
         if seconds > patience:
             raise click.UsageError(f"another make reproduce ({holder.replace('process', 'pid')}) is running")
-    with file_lock(lock, waiting, poll=.1): yield
+    with file_lock(lock, waiting, poll=.1, end=''): yield
 
 def wait_for_earlier_jobs():
     "Return when no process of an earlier start is left."

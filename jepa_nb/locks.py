@@ -176,7 +176,7 @@ def lock_open_file(
     except OSError as e: raise NoLocks(e.strerror or str(e)) from None
     return True
 
-def _try_lock(path):
+def _try_lock(path, end):
     "Lock a file and write this process's number to it: (open file, None), or (None, who holds it). Raises NoLocks."
     fd, holder = _open_lock(path), None
     try:
@@ -184,7 +184,7 @@ def _try_lock(path):
         elif os.path.samestat(os.fstat(fd), os.stat(path)):
             with suppress(OSError): # the number is for messages only; the disk may be full
                 os.ftruncate(fd, 0)
-                os.write(fd, f'{os.getpid()}\n'.encode())
+                os.write(fd, f'{os.getpid()}{end}'.encode())
             _held.add(fd)
             return fd, None
     except FileNotFoundError: pass # the folder was moved aside meanwhile
@@ -211,13 +211,14 @@ def file_lock(
     waiting=lambda holder, seconds: None, # called while another process holds it; may raise
     poll:float=.5,   # seconds between attempts
     say=lambda text: print(text, file=sys.stderr), # called with a line where the file system has no locks
+    end:str='\n',    # what stands behind this process's number in the lock file
 ):
     "Hold a lock. Raises WriteError where its file cannot be written."
     path, start = Path(path), time.monotonic()
     file, fd = OwnerFile(path.with_name(f'{path.name}.owner'), say), None
     while True:
         try:
-            fd, holder = _try_lock(path)
+            fd, holder = _try_lock(path, end)
             if fd is not None and (holder := file.holder()): # of a machine that mounts this file system without locks
                 _held.discard(fd)
                 fd = os.close(fd)
