@@ -129,7 +129,9 @@ def turn_upright(
 )->np.ndarray:    # [H W ...], or [W H ...] for the marks 5 to 8
     "Turn and mirror pixels as an orientation mark says (EXIF 2.32 §4.6.5)."
     if turn > 4: x = x.swapaxes(0, 1)
-    return np.ascontiguousarray(x[::-1 if turn in (3, 4, 7, 8) else 1, ::-1 if turn in (2, 3, 6, 7) else 1])
+    down = -1 if turn in (3, 4, 7, 8) else 1
+    right = -1 if turn in (2, 3, 6, 7) else 1
+    return x[::down, ::right].copy() # torch takes no negative strides
 
 def _upright(x, turn, wide):
     "Decoded pixels, turned upright; `wide`: they are the high bytes of 16 bits."

@@ -140,7 +140,7 @@ def test_a_value_survives_a_command_line(value):
     for word in (yaml_word(value), as_flow(value)):
         assert len(word.splitlines()) <= 1 and parse_yaml(word, 'x') == value and type(parse_yaml(word,
         'x')) is type(value)
-    assert parse_overrides([f'data.path={yaml_word(value)}']) == dict(data=dict(path=value))
+    assert parse_overrides([f'run.name={yaml_word(value)}']) == dict(run=dict(name=value))
 
 
 @pytest.mark.parametrize('words, said', [
