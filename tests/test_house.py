@@ -55,6 +55,17 @@ def test_notebooks_are_named_as_they_are():
     assert library == set(re.findall(r'\]\((\d\d_\w+)\.ipynb\)', (ROOT/'nbs/index.ipynb').read_text()))
 
 
+def test_promises_name_tests_that_exist():
+    "Each of the 32 laws of RELIABILITY.md, and what is beyond them, is held by tests under the names that it gives."
+    rows = re.findall(r'^\| (\d+) \|[^|]+\|([^|]+)\|', (ROOT/'RELIABILITY.md').read_text(), re.M)
+    assert [int(n) for n, _ in rows] == list(range(1, len(rows)+1)) and len(rows) >= 32
+    for n, tests in rows:
+        named = re.findall(r'`(test_\w+\.py)::(test_\w+)`', tests)
+        assert named, f'promise {n} has no test'
+        for file, name in named:
+            assert re.search(rf'^def {name}\(', (ROOT/'tests'/file).read_text(), re.M), f'promise {n}: {file}::{name}'
+
+
 def tree_of(module): return ast.parse((ROOT/f'jepa_nb/{module}.py').read_text())
 
 
