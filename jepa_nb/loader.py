@@ -228,7 +228,8 @@ def _decoded_batches(decoder, planner, workers, again):
     "Batches in the order of the plan; `again` makes a planner that goes on from the state of a batch."
     state = None
     if workers:
-        batches = from_workers(decoder, decoder.source.name, workers, decoder.cfg.run.timeout, sampler=planner)
+        name = getattr(decoder.source, 'name', 'the images')
+        batches = from_workers(decoder, name, workers, decoder.cfg.run.timeout, sampler=planner)
         try:
             for batch in batches:
                 if isinstance(batch, DataError): raise batch

@@ -31,7 +31,7 @@ import jepa_nb.processes
 from jepa_nb import locks, shards
 from jepa_nb.checkpoint import read_log, run_lock
 from jepa_nb.cli import is_refusal, main, run_notebook
-from jepa_nb.devices import StopSignals, worker_shutdown_guard
+from jepa_nb.devices import StopSignals, run_guard
 from jepa_nb.figure_files import save_figure
 from jepa_nb.files import LogFile, RunError, WriteError
 from jepa_nb.loader import loader
@@ -518,7 +518,7 @@ def test_training_in_64_kilobytes_of_shared_memory(tmp_path, photos):
 def test_a_loader_process_killed_elsewhere_is_one_line(tmp_path):
     "Torch raises in the middle of an update, where the loader cannot catch it."
     with pytest.raises(RunError, match='found no room in /dev/shm.*data.workers=0 does without, docker run --shm-size'):
-        with worker_shutdown_guard(tmp_path/'run', StopSignals()):
+        with run_guard(tmp_path/'run', StopSignals()):
             raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. ')
 
 
