@@ -495,12 +495,12 @@ def test_a_loader_that_fails_later_goes_on_in_this_process(sources, kind, error,
     "From the batch where it failed, so that nothing else changes."
     data = sources[kind]
     usual, _ = batches(data, CFG, 2)
-    class Failing(jepa_nb.loader.DataLoader):
+    class Failing(jepa_nb.processes.DataLoader):
         def __iter__(self):
             if not isinstance(error, RuntimeError): raise error
             yield from islice(super().__iter__(), 3)
             raise error
-    monkeypatch.setattr(jepa_nb.loader, 'DataLoader', Failing)
+    monkeypatch.setattr(jepa_nb.processes, 'DataLoader', Failing)
     after, said = batches(data, CFG, 2)
     assert len(said) == 1 and 'goes on alone' in said[0] and all(map(same, usual, after)) and len(after) == len(usual)
 
