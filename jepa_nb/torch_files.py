@@ -34,7 +34,8 @@ class InteropError(ValueError):
 MAX_PICKLE = 2**26     # bytes of data.pkl; that of the largest ViT with its optimiser has about a million
 MAX_OPCODES = 2_000_000 # of a pickle; a tensor takes about 25
 ALLOWED = re.compile(r'torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.\w+Storage|torch\.[a-z]+\d*(_\w+)?|'
-                     r'torch\.serialization\._get_layout|torch\.Size|collections\.(OrderedDict|Counter)|_codecs\.encode|'
+                     r'torch\.serialization\._get_layout|torch\.Size|collections\.(OrderedDict|Counter)|'
+                     r'_codecs\.encode|'
                      r'(builtins|__builtin__)\.(set|complex)|numpy(\._?core\.multiarray\.scalar|\.dtypes?(\.\w+)?)')
 
 def _check_pickle(f, file):
