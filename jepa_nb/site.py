@@ -301,7 +301,9 @@ def write_guide(root:Path, src:Path):
         if not (root/name).is_file() or name.endswith('.ipynb'): continue # notebooks have pages of their own
         (src/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root/name, src/name)
-    write(src/'use.md', '# Use it\n\n'+('\n\n'.join(parts) or 'The README of this folder has no section on it.'))
+    pages = [p.stem for p in sorted(src.glob('*.md'))] # that the sections link to, such as RELIABILITY.md
+    text = '\n\n'.join(parts) or 'The README of this folder has no section on it.'
+    write(src/'use.md', f'# Use it\n\n{text}\n\n{toctree(pages) if pages else ""}')
 
 def write_library(
     root:Path,   # of the repository

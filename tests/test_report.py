@@ -20,7 +20,7 @@ def clone(to):
     "What the report is built from, with a tier of this machine in which a cell, a JSON, a CSV and a hash are spoilt."
     for name in ('nbs', 'params', 'workflow/report'):
         shutil.copytree(ROOT/name, to/name, ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
-    for name in ('README.md', 'settings.ini', '.gitignore'): shutil.copy(ROOT/name, to/name)
+    for name in ('README.md', 'RELIABILITY.md', 'settings.ini', '.gitignore'): shutil.copy(ROOT/name, to/name)
     for t in ('small', 'medium'):
         shutil.copytree(ROOT/'figures'/t, to/'figures'/t, ignore=shutil.ignore_patterns('*.safetensors'))
     quick = to/'figures/quick'
