@@ -1,5 +1,6 @@
 "Rules for the repository as a whole: export, imports, names, sizes, style, settings."
 import ast
+import importlib
 import json
 import re
 import shutil
@@ -64,6 +65,14 @@ def test_promises_name_tests_that_exist():
         assert named, f'promise {n} has no test'
         for file, name in named:
             assert re.search(rf'^def {name}\(', (ROOT/'tests'/file).read_text(), re.M), f'promise {n}: {file}::{name}'
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'tests/bench').glob('*.py')), ids=lambda p: p.stem)
+def test_benchmarks_import_what_exists(path):
+    for n in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(n, ast.ImportFrom) or not (n.module or '').startswith('jepa_nb'): continue
+        module = importlib.import_module(n.module)
+        for a in n.names: assert hasattr(module, a.name) or a.name in MODULES, f'{n.module}.{a.name}'
 
 
 def tree_of(module): return ast.parse((ROOT/f'jepa_nb/{module}.py').read_text())

@@ -22,7 +22,7 @@ import PIL
 import torch
 from PIL import Image
 
-from jepa_nb import data
+from jepa_nb import images
 from jepa_nb.loader import loader, planned_split
 from jepa_nb.packing import Planner
 from jepa_nb.patches import resize
@@ -101,7 +101,7 @@ def bench(args, shards):
              for i in row]
     H, W = source.sizes.mean(0)
     shape = (cfg.pack.rows, cfg.pack.context+cfg.pack.target, cfg.encoder.patch**2*3)
-    turbo = data.simplejpeg
+    turbo = images.simplejpeg
     print(f'{platform.machine()}, {os.cpu_count()} cores, one thread; Python {platform.python_version()}, torch '
           f'{torch.__version__}, '
           f'Pillow {PIL.__version__}, simplejpeg {turbo.__version__ if turbo else "missing"}')
@@ -119,13 +119,13 @@ def bench(args, shards):
     best, wall, others = {}, {}, []
     for _ in range(args.rounds):
         for name, (jpeg, run) in runs.items():
-            data.simplejpeg = jpeg
+            images.simplejpeg = jpeg
             busy, begin, start = busy_cores(), time.perf_counter(), time.process_time()
             n = run()
             cpu, real = time.process_time()-start, time.perf_counter()-begin
             if busy is not None: others.append((busy_cores()-busy-cpu)/real)
             if cpu/n < best.get(name, 9e9): best[name], wall[name] = cpu/n, real/n
-    data.simplejpeg = turbo
+    images.simplejpeg = turbo
     print(f'{"best of "+str(args.rounds):34} {"images/s":>9} {"us/image":>9} {"wall us":>8}   against bare   against '
           f'plain worker')
     for name, s in best.items():
