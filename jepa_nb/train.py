@@ -220,7 +220,7 @@ def is_finished(
     check_same_config(run, old, cfg)
     check_same_start(run, done.get('begun_from'), start)
     step, name = done.get('step'), str(done.get('checkpoint'))
-    if type(step) is not int or checkpoint_step(name) is None:
+    if type(step) is not int or checkpoint_step(name) != step:
         warn(f"WARNING: {run}: done.json is damaged and is written again")
         return False
     if step < cfg.run.steps or old.data.path != cfg.data.path: return False # `init_or_resume` compares the images
