@@ -154,6 +154,8 @@ def init_or_resume(
     jepa = random_model(cfg).to(ctx.device).train()
     opt = make_optimizer(jepa, cfg.optim)
     newest = ctx.broadcast(newest_checkpoint(run) if ctx.rank == 0 else None)
+    if newest is None and (Path(run)/'trained.json').is_file():
+        raise RunError(f"{run}: is an export, whose files a run would replace; choose another folder")
     if newest is None and start is None:
         return jepa, opt, dict(step=0, images=0, seconds=0., data=data, planner=None, meter=None)
     if newest:

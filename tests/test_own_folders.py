@@ -51,3 +51,9 @@ def test_exports_without_a_log_are_named_as_such(tmp_path):
     (tmp_path/'trained.json').write_text('{"step": 4}')
     with pytest.raises(RunError, match='was exported without one'): read_log(tmp_path)
     with pytest.raises(RunError, match='is an export'): replay_start(tmp_path, 1)
+
+def test_a_run_does_not_begin_in_an_export(tmp_path):
+    (tmp_path/'trained.json').write_text('{"step": 4}')
+    (tmp_path/'config.yaml').write_text('kept')
+    with pytest.raises(RunError, match='is an export'): train(tiny(), tmp_path, progress=False)
+    assert (tmp_path/'config.yaml').read_text() == 'kept'
