@@ -229,6 +229,9 @@ def newest_checkpoint(
     run:Path, # run folder
 )->tuple[Path,dict]|None: # folder and state; None where the run has no checkpoint
     "Return the newest checkpoint with right checksums. Raises RunError where there are checkpoints, but none is whole."
+    parent = Path(run)/'checkpoints'
+    if os.path.lexists(parent) and not parent.is_dir(): # a link to a disk that is not there, or a file
+        raise RunError(f"{parent}: is no folder; mount the disk that it is on, or rename it to begin again")
     folders = checkpoint_folders(run)
     for folder in reversed(folders):
         try: return folder, verify_checkpoint(folder)
@@ -442,7 +445,9 @@ def _log_record(line:bytes)->dict|None:
     "The record in a line of a log; None where there is none."
     try: d = json.loads(line)
     except (ValueError, RecursionError): return None
-    return d if isinstance(d, dict) and type(d.get('step')) is int else None
+    if not isinstance(d, dict) or type(d.get('step')) is not int: return None
+    numbers = (d.get(k) for k in ('rankme', 'feature_std', 'feature_cosine', 'loss'))
+    return d if all(v is None or isinstance(v, (int, float)) for v in numbers) else None
 
 def read_log(
     run:str|Path, # run folder, or an exported one
@@ -450,7 +455,10 @@ def read_log(
     """Read the log of a run as columns, without a last line that is still being written. Raises RunError without a log,
     or where a line is damaged."""
     path = Path(run)/'log.jsonl'
-    if not path.is_file(): raise RunError(f"{path}: no log; make one with `jepa_nb train RECIPE --out {run}`")
+    if not path.is_file():
+        if (Path(run)/'trained.json').is_file():
+            raise RunError(f"{path}: no log: {run} was exported without one; the run folder that it was made of has it")
+        raise RunError(f"{path}: no log; make one with `jepa_nb train RECIPE --out {run}`")
     lines = []
     for n, line in enumerate(path.read_bytes().split(b'\n')[:-1], 1):
         if line.strip(): lines.append(_log_record(line))

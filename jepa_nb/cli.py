@@ -129,7 +129,8 @@ for command in (eval_command, depth_command, ranks_command): cli.add_command(com
 @click.option('--pixels', is_flag=True, help='Save the pixels of the batch too.')
 def replay_command(run, words, step, out, pixels):
     "Make one update of RUN again: images, masks and the loss of every token, bit for bit."
-    from jepa_nb.replay import describe_replay, replay, save_replay
+    from jepa_nb.replay import describe_replay, replay, replay_file, save_replay
+    replay_file(run, step, out) # refused before the work
     r = replay(run, step, pixels, words, progress=sys.stderr.isatty())
     click.echo(describe_replay(r))
     click.echo(save_replay(r, run, out))

@@ -329,6 +329,8 @@ def collapse_signs(
 COLLAPSE = dict(collapsed_cosine=.95, collapsed_rank=.15, collapsed_std=.1, cosine=.9, rank=1/3, rank_now=.5,
                 rank_falling=.45, rank_since=.7, loss_since=1.25, lines=4) # thresholds, see the table above
 
+def _ratio(a:float, b:float)->float: return a/b if b else float('inf') if a else 0.
+
 def collapse_state(
     rank, std, cosine, # rankme, feature_std and feature_cosine of the lines of a log, oldest first
     loss,              # of the same lines
@@ -340,13 +342,13 @@ def collapse_state(
     k = max(3, n//10)
     r, s, m, recent_loss = (float(np.median(x[-k:])) for x in (rank, std, cosine, loss))
     medians = np.median(np.lib.stride_tricks.sliding_window_view(rank, 3), 1) # of three lines each
-    share, lowest = r/rank[0], float(medians.min())/rank[0]
+    share, lowest = _ratio(r, rank[0]), _ratio(float(medians.min()), rank[0])
     i = int(np.argmin(loss))
-    since = r/np.median(rank[max(0, i-1):i+2])
+    since = _ratio(r, float(np.median(rank[max(0, i-1):i+2])))
     fell = f"rankme {r:.1f}, {share:.2f} of the first"
     if m >= c['collapsed_cosine']: return 'collapsed', f"feature_cosine {m:.3f}: all features point one way"
     if share <= c['collapsed_rank']: return 'collapsed', fell
-    if s <= c['collapsed_std']*std[0]: return 'collapsed', f"feature_std {s:.3g}, {s/std[0]:.2f} of the first"
+    if s <= c['collapsed_std']*std[0]: return 'collapsed', f"feature_std {s:.3g}, {_ratio(s, std[0]):.2f} of the first"
     if m >= c['cosine']: return 'collapsing', f"feature_cosine {m:.3f}"
     if lowest <= c['rank'] and share < c['rank_now']: return 'collapsing', f"{fell}; it was {lowest:.2f} of it"
     if share < c['rank_falling'] and since < c['rank_since'] and recent_loss > c['loss_since']*loss[i]:

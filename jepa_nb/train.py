@@ -154,6 +154,8 @@ def init_or_resume(
     jepa = random_model(cfg).to(ctx.device).train()
     opt = make_optimizer(jepa, cfg.optim)
     newest = ctx.broadcast(newest_checkpoint(run) if ctx.rank == 0 else None)
+    if newest is None and (Path(run)/'trained.json').is_file():
+        raise RunError(f"{run}: is an export, whose files a run would replace; choose another folder")
     if newest is None and start is None:
         return jepa, opt, dict(step=0, images=0, seconds=0., data=data, planner=None, meter=None)
     if newest:
@@ -220,7 +222,7 @@ def is_finished(
     check_same_config(run, old, cfg)
     check_same_start(run, done.get('begun_from'), start)
     step, name = done.get('step'), str(done.get('checkpoint'))
-    if type(step) is not int or checkpoint_step(name) is None:
+    if type(step) is not int or checkpoint_step(name) != step:
         warn(f"WARNING: {run}: done.json is damaged and is written again")
         return False
     if step < cfg.run.steps or old.data.path != cfg.data.path: return False # `init_or_resume` compares the images
