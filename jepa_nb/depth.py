@@ -191,13 +191,12 @@ class Head(nn.Module):
         side:int,        # pixels
     ):
         super().__init__()
-        D = len(layers)
         self.cfg, self.side, self.layers = cfg, side, list(layers)
         self.sizes = dict(dim=dim, patch=patch, layers=self.layers, side=side)
         if cfg.head == 'conv': self.net = ThreeConvs(dim, cfg.width)
         else: self.net = DPT(dim, scale_factors(patch, side//patch, cfg.finest), cfg.width or 32)
-        self.register_buffer('mean', torch.zeros(D, dim))
-        self.register_buffer('std', torch.ones(D, dim))
+        self.register_buffer('mean', torch.zeros(len(layers), dim))
+        self.register_buffer('std', torch.ones(len(layers), dim))
         self.register_buffer('shift', torch.zeros(()))
         self.register_buffer('scale', torch.ones(()))
         self.register_buffer('range', torch.tensor([1e-3, 1e3]))
@@ -212,11 +211,12 @@ class Head(nn.Module):
     def calibrate(self,
         x:Tensor,     # [b D d y x] features of training images
         truth:Tensor, # [b side side] metres, NaN unknown
+        name:str='the training images', # how the error calls them
     ):
         "Set the statistics from training images; raises DataError where no depth is known."
         has_truth = truth.isfinite().flatten(1).any(1)
         v, x = truth[truth.isfinite()], x[has_truth]
-        if not len(v): raise DataError("no pixel of the training images has a known depth")
+        if not len(v): raise DataError(f"{name}: no pixel has a known depth")
         if self.cfg.standardize:
             self.mean.copy_(x.mean((0, 3, 4)))
             self.std.copy_(x.std((0, 3, 4))+1e-6)
@@ -247,7 +247,7 @@ def fit_depth_head(
     "Train a head on frozen features (FN §8.4). No flips, no crops: features are those of the images as they are."
     cfg, device, losses = head.cfg, next(head.parameters()).device, []
     sample = [v.to(device) for v in pairs[pairs.spread(256)]]
-    head.calibrate(*sample)
+    head.calibrate(*sample, pairs.source.name)
     batches = random_batches(len(pairs), cfg.batch, torch.Generator().manual_seed(seed))
     opt = torch.optim.AdamW(head.parameters(), cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
     bar = tqdm(range(cfg.steps), desc=progress, disable=not progress, mininterval=1, unit=' steps')

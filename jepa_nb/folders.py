@@ -176,7 +176,9 @@ def scan_folder(
     """List the image files below a folder. The first sub-folder is the class. DataError where there are none, or where
     sub-folders can be read in two ways."""
     folder = str(folder)
-    if not os.path.isdir(folder): raise DataError(f"{folder}: no such folder")
+    if not os.path.isdir(folder):
+        if os.path.exists(folder): raise DataError(f"{folder}: is a file; a folder of images would do")
+        raise DataError(f"{folder or repr(folder)}: no such folder")
     passed = []
     files = sorted(_walk_images(folder, passed))
     if not files:
