@@ -72,6 +72,24 @@ def test_a_file_of_another_kind_is_called_one(tmp_path):
     with pytest.raises(DataError, match='b.zip: is a file'): scan_folder(tmp_path/'b.zip')
     with pytest.raises(DataError, match="'': no such folder"): scan_folder('')
 
+@pytest.mark.parametrize('files', [
+    ['images/training/a.jpg', 'annotations/training/a.png'], # ADE20K
+    ['leftImg8bit/train/x/a.jpg', 'gtFine/train/x/a.png'], # Cityscapes
+    ['JPEGImages/a.jpg', 'SegmentationClass/a.png', 'SegmentationObject/a.png'], # VOC
+    ['voc/images/a.jpg', 'voc/masks/a.png']])
+def test_folders_of_maps_are_no_classes(tmp_path, files):
+    for f in files:
+        (tmp_path/f).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/f).write_bytes(jpeg(10))
+    for split in (None, 'train'):
+        with pytest.raises(DataError, match='maps that belong to its images'): scan_folder(tmp_path, split)
+
+def test_classes_may_be_called_like_maps(tmp_path):
+    for f in ('mask/a.jpg', 'helmet/a.jpg', 'images/a.jpg'):
+        (tmp_path/f).parent.mkdir()
+        (tmp_path/f).write_bytes(jpeg(10))
+    assert scan_folder(tmp_path).classes == ['helmet', 'images', 'mask']
+
 def test_a_depth_head_without_a_known_depth_names_the_data():
     from jepa_nb.depth import Head
     from jepa_nb.eval_config import DepthConfig
