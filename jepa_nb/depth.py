@@ -31,11 +31,11 @@ from .config import Config
 from .depth_head import DPT, METRICS, ThreeConvs, depth_errors, depth_loss, head_layers, scale_factors
 from .eval_config import DepthConfig
 from .features import batch_features
-from .frozen import center_square, dataset_features, load_encoder, warn_skipped
+from .frozen import center_square, dataset_features, load_encoder, read_images, warn_skipped
 from .files import RunError, repo_path, sha256, short_path, weights_file, write_together
 from .result_files import place_result
 from .headers import one_line
-from .images import BadImage, DataError, to_rgb
+from .images import BadImage, DataError
 from .patches import center_crop
 from .recipes import load_config, make_depth, untrained_fingerprint
 from .stats import bootstrap
@@ -488,13 +488,13 @@ def head_gains(
 @torch.no_grad()
 def predict_depth(
     run,              # a run folder or checkpoint with a depth head
-    images,           # a list of arrays, tensors, PIL images or paths
+    images,           # an image, or a list of arrays, tensors, PIL images or paths
     name:str='depth', # which head: eval/<name>.json
 )->Tensor:            # [i side side] metres, of the central squares
     "Predict the depth of images in metres, from nothing but their pixels."
     encoder, head = load_encoder(open_run(run, parts=('teacher',))[0]), result_head(read_depth(run, name))
-    def predict(image):
-        square = center_square(to_rgb(image), head.side)[None]
+    def predict(pixels):
+        square = center_square(pixels, head.side)[None]
         tokens = batch_features(encoder, square, head.layers, pool='none')
         return head(rearrange(tokens, '1 D (y x) d -> 1 D d y x', y=head.side//encoder.patch))
-    return torch.cat([head.metres(predict(image)) for image in images])
+    return torch.cat([head.metres(predict(x)) for x in read_images(images, 'look at')])

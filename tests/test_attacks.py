@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from jepa_nb.folders import scan_folder
-from jepa_nb.images import DataError, to_rgb
+from jepa_nb.frozen import read_images
+from jepa_nb.images import BadImage, DataError, to_rgb
 from jepa_nb.paths import shard_files
 from jepa_nb.samples import SECOND
 from jepa_nb.sources import open_source
@@ -54,6 +55,15 @@ def test_floats_of_8_bits_and_arrays_without_masked_values_are_read():
     x = torch.tensor([[[0., .5, 1.]]])
     assert to_rgb(x.to(torch.float8_e4m3fn)).tolist() == [[[0, 128, 255]]]
     assert to_rgb(np.ma.masked_array(np.full((2, 2, 3), 7, np.uint8))).unique().tolist() == [7]
+
+def test_images_are_one_or_several_and_errors_say_which():
+    x = np.zeros((8, 8, 3), np.uint8)
+    for images, n in ((x, 1), ([x, x], 2), (np.stack([x, x, x]), 3), ((x for _ in range(2)), 2), (jpeg(10), 1)):
+        assert len(list(read_images(images))) == n
+    with pytest.raises(ValueError, match='image 1: floats should be in'): list(read_images([x, x+255.]))
+    with pytest.raises(ValueError, match='no images to encode'): list(read_images([]))
+    with pytest.raises(ValueError, match='nor several: NoneType'): list(read_images(None))
+    with pytest.raises(BadImage, match='nowhere.jpg: No such file'): list(read_images('nowhere.jpg'))
 
 def test_options_of_writing_are_in_range(tmp_path):
     for options in (dict(max_skipped=float('nan')), dict(max_skipped=2), dict(per_shard=0)):
