@@ -9,13 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
+from jepa_nb.config import Config
+from jepa_nb.files import RunError
 from jepa_nb.folders import scan_folder
 from jepa_nb.frozen import read_images
 from jepa_nb.images import BadImage, DataError, to_rgb
 from jepa_nb.paths import shard_files
+from jepa_nb.recipes import save_config
 from jepa_nb.samples import SECOND
 from jepa_nb.sources import open_source
 from jepa_nb.streams import read_shard
+from jepa_nb.train import is_finished
 from jepa_nb.writing import WriteOptions, shards_from_folder
 
 
@@ -64,6 +68,16 @@ def test_images_are_one_or_several_and_errors_say_which():
     with pytest.raises(ValueError, match='no images to encode'): list(read_images([]))
     with pytest.raises(ValueError, match='nor several: NoneType'): list(read_images(None))
     with pytest.raises(BadImage, match='nowhere.jpg: No such file'): list(read_images('nowhere.jpg'))
+
+@pytest.mark.parametrize('name', ['config.yaml', 'done.json'])
+def test_training_overwrites_no_file_of_somebody_else(tmp_path, name):
+    (tmp_path/name).write_text('run: {steps: 3}')
+    with pytest.raises(RunError, match=f'{name}: is in the way'): is_finished(tmp_path, Config())
+    assert (tmp_path/name).read_text() == 'run: {steps: 3}'
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path):
+    save_config(Config(), tmp_path/'config.yaml')
+    assert not is_finished(tmp_path, Config())
 
 def test_options_of_writing_are_in_range(tmp_path):
     for options in (dict(max_skipped=float('nan')), dict(max_skipped=2), dict(per_shard=0)):
