@@ -282,7 +282,9 @@ def depth_command(run, words, train_data, test_data, out, name, tier):
     click.echo(f"{r['run']} seed {r['seed']}: RMSE {r['rmse_oracle']:.3f} m with the truth's scale (FN's), "
                f"{r['rmse_lsq']:.3f} by least squares, {r['rmse_metric']:.3f} metric; {gain:+.3f} [{low:+.3f}, "
                f"{high:+.3f}] "
-               f"better than a constant map, {r['n_test']} images" + (f"; {out}" if out else ''))
+               f"better than a constant map, {r['n_test']} images"
+               + (f", {r['n_broken']} left out (broken, or no known depth)" if r['n_broken'] else '')
+               + (f"; {out}" if out else ''))
 
 @click.command('ranks')
 @click.argument('run')

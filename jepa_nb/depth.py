@@ -31,11 +31,11 @@ from .config import Config
 from .depth_head import DPT, METRICS, ThreeConvs, depth_errors, depth_loss, head_layers, scale_factors
 from .eval_config import DepthConfig
 from .features import batch_features
-from .frozen import center_square, dataset_features, load_encoder, warn_skipped
+from .frozen import center_square, dataset_features, load_encoder, read_images, warn_skipped
 from .files import RunError, repo_path, sha256, short_path, weights_file, write_together
 from .result_files import place_result
 from .headers import one_line
-from .images import BadImage, DataError, to_rgb
+from .images import BadImage, DataError
 from .patches import center_crop
 from .recipes import load_config, make_depth, untrained_fingerprint
 from .stats import bootstrap
@@ -191,13 +191,12 @@ class Head(nn.Module):
         side:int,        # pixels
     ):
         super().__init__()
-        D = len(layers)
         self.cfg, self.side, self.layers = cfg, side, list(layers)
         self.sizes = dict(dim=dim, patch=patch, layers=self.layers, side=side)
         if cfg.head == 'conv': self.net = ThreeConvs(dim, cfg.width)
         else: self.net = DPT(dim, scale_factors(patch, side//patch, cfg.finest), cfg.width or 32)
-        self.register_buffer('mean', torch.zeros(D, dim))
-        self.register_buffer('std', torch.ones(D, dim))
+        self.register_buffer('mean', torch.zeros(len(layers), dim))
+        self.register_buffer('std', torch.ones(len(layers), dim))
         self.register_buffer('shift', torch.zeros(()))
         self.register_buffer('scale', torch.ones(()))
         self.register_buffer('range', torch.tensor([1e-3, 1e3]))
@@ -212,11 +211,12 @@ class Head(nn.Module):
     def calibrate(self,
         x:Tensor,     # [b D d y x] features of training images
         truth:Tensor, # [b side side] metres, NaN unknown
+        name:str='the training images', # how the error calls them
     ):
         "Set the statistics from training images; raises DataError where no depth is known."
         has_truth = truth.isfinite().flatten(1).any(1)
         v, x = truth[truth.isfinite()], x[has_truth]
-        if not len(v): raise DataError("no pixel of the training images has a known depth")
+        if not len(v): raise DataError(f"{name}: no pixel has a known depth")
         if self.cfg.standardize:
             self.mean.copy_(x.mean((0, 3, 4)))
             self.std.copy_(x.std((0, 3, 4))+1e-6)
@@ -247,7 +247,7 @@ def fit_depth_head(
     "Train a head on frozen features (FN §8.4). No flips, no crops: features are those of the images as they are."
     cfg, device, losses = head.cfg, next(head.parameters()).device, []
     sample = [v.to(device) for v in pairs[pairs.spread(256)]]
-    head.calibrate(*sample)
+    head.calibrate(*sample, pairs.source.name)
     batches = random_batches(len(pairs), cfg.batch, torch.Generator().manual_seed(seed))
     opt = torch.optim.AdamW(head.parameters(), cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
     bar = tqdm(range(cfg.steps), desc=progress, disable=not progress, mininterval=1, unit=' steps')
@@ -488,13 +488,13 @@ def head_gains(
 @torch.no_grad()
 def predict_depth(
     run,              # a run folder or checkpoint with a depth head
-    images,           # a list of arrays, tensors, PIL images or paths
+    images,           # an image, or a list of arrays, tensors, PIL images or paths
     name:str='depth', # which head: eval/<name>.json
 )->Tensor:            # [i side side] metres, of the central squares
     "Predict the depth of images in metres, from nothing but their pixels."
     encoder, head = load_encoder(open_run(run, parts=('teacher',))[0]), result_head(read_depth(run, name))
-    def predict(image):
-        square = center_square(to_rgb(image), head.side)[None]
+    def predict(pixels):
+        square = center_square(pixels, head.side)[None]
         tokens = batch_features(encoder, square, head.layers, pool='none')
         return head(rearrange(tokens, '1 D (y x) d -> 1 D d y x', y=head.side//encoder.patch))
-    return torch.cat([head.metres(predict(image)) for image in images])
+    return torch.cat([head.metres(predict(x)) for x in read_images(images, 'look at')])

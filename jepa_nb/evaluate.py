@@ -341,7 +341,7 @@ def rank_checkpoints(
 )->dict:                  # what is written
     "Rank scores and a probe of each kept checkpoint of a run, and of the network before training (FN §8.2)."
     start = time.time()
-    check_scores(train, ranks.lidar_images, ranks.lidar_views)
+    check_scores(train, ranks.lidar_images, ranks.lidar_views, 'ranks')
     rows, folders = [], kept_checkpoints(run)
     recipe = open_run(folders[-1], parts=('teacher',))[1]
     if not ranks.conditioned: cfg = replace(cfg, condition='off')

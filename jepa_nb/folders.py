@@ -85,6 +85,17 @@ def _listed(names, most=4):
     *first, last = names[:most]+more
     return f"{', '.join(first)} and {last}" if first else last
 
+_PHOTOS = frozenset('image images img imgs jpegimages leftimg8bit rgb photos'.split()) # beside these, in lower case,
+_MAPS = frozenset('annotation annotations depth depths gt gtfine gtcoarse label labels mask masks seg segmentation '
+                  'segmentationclass segmentationobject semantic instance disparity'.split()) # these are no classes
+
+def _check_maps(where, top):
+    "Refuse folders of photographs beside folders of their masks, labels or depth maps, which are no classes."
+    photos = [a for a in top if a.lower() in _PHOTOS]
+    if len(photos) != 1 or len(top) < 2 or any(a.lower() not in _MAPS for a in top-set(photos)): return
+    raise DataError(f"{where}: {_listed(top-set(photos))} beside {photos[0]}: maps that belong to its images, and no "
+                    f"classes; give {os.path.join(where, photos[0])}")
+
 class Layout(NamedTuple):
     "What the sub-folders of a folder are."
     kind:str        # classes; halves: train/cat; inside: cat/train
@@ -101,6 +112,7 @@ def find_layout(
     possible."""
     inside = _inside(files)
     top, where = set(inside)-{''}, os.path.join(folder, prefix) if prefix else str(folder)
+    _check_maps(where, top)
     named = {a for a in top if split_of(a)}
     halves = lambda names: {s: sorted(n for n in names if split_of(n) == s) for s in SPLITS
                             if any(split_of(n) == s for n in names)}
@@ -176,7 +188,9 @@ def scan_folder(
     """List the image files below a folder. The first sub-folder is the class. DataError where there are none, or where
     sub-folders can be read in two ways."""
     folder = str(folder)
-    if not os.path.isdir(folder): raise DataError(f"{folder}: no such folder")
+    if not os.path.isdir(folder):
+        if os.path.exists(folder): raise DataError(f"{folder}: is a file; a folder of images would do")
+        raise DataError(f"{folder or repr(folder)}: no such folder")
     passed = []
     files = sorted(_walk_images(folder, passed))
     if not files:

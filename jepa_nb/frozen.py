@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'center_square', 'squash', 'resize256_crop224', 'crop_and_flip', 'mirrored', 'training_views', 'load_encoder',
-           'warn_skipped', 'square_batches', 'dataset_features', 'resize_to_patches', 'encode_images']
+           'warn_skipped', 'square_batches', 'dataset_features', 'resize_to_patches', 'read_images', 'encode_images']
 
 # %% ../nbs/40_frozen.ipynb #93089498
 import sys
@@ -169,6 +169,20 @@ def resize_to_patches(
 
 # %% ../nbs/40_frozen.ipynb #18e15cf7
 @torch.inference_mode()
+def read_images(
+    images,            # an image, or a list, array or other iterable of images, see `to_rgb`
+    task:str='encode', # what for, in an error
+):                     # yields [H W 3] uint8
+    "The pixels of one image or of several. ValueError where there is none, or with the number of one that is none."
+    if isinstance(images, (str, Path, bytes, Image.Image)) or getattr(images, 'ndim', 4) < 4: images = [images]
+    try: images = list(images)
+    except TypeError: raise ValueError(f"not an image, nor several: {type(images).__name__}") from None
+    if not images: raise ValueError(f"no images to {task}")
+    for k, image in enumerate(images):
+        try: yield to_rgb(image, f'image {k}')
+        except BadImage: raise
+        except ValueError as e: raise ValueError(f'image {k}: {e}') from None
+
 def encode_images(
     model,               # path of a run or checkpoint, JEPA (its teacher), or Encoder
     images,              # an image, or a list of arrays, tensors, PIL images or paths, in any mix and size
@@ -179,8 +193,6 @@ def encode_images(
     condition=None,      # EC, pooling of the conditioning positions, see `batch_features`
 )->tuple[Tensor,list[Tensor]]: # pooled [i d], and dense [y x d] of every image
     "Features of images, pooled and dense; of a single image, too."
-    if isinstance(images, (str, Path, Image.Image)) or getattr(images, 'ndim', 4) < 4: images = [images]
-    if not len(images): raise ValueError("no images to encode")
     if isinstance(model, (str, Path)):
         model, cfg = open_run(model, parts=('teacher',))
         largest = largest or cfg.scale.max_side
@@ -191,8 +203,7 @@ def encode_images(
     if side is not None and side%patch:
         fits = side//patch*patch or patch
         raise ValueError(f"patches of {patch} px do not tile a side of {side} px; {fits} would do")
-    for k, image in enumerate(images):
-        x = to_rgb(image)
+    for k, x in enumerate(read_images(images)):
         x = center_square(x, side) if side else resize_to_patches(x, patch, largest or 16)
         groups.setdefault(x.shape, []).append((k, x))
     dense, pooled = {}, {}

@@ -219,14 +219,18 @@ def _as_tensor(image):
     "An array or tensor of any layout in memory as a tensor."
     if isinstance(image, np.ndarray): # torch takes no other byte order, negative stride or read-only memory
         image = np.require(image, image.dtype.newbyteorder('='), ['C', 'W'])
-    try: return torch.as_tensor(image).detach()
+    if np.ma.is_masked(image): raise ValueError("not an image: an array with masked values; fill them first")
+    try: x = torch.as_tensor(image).detach()
     except (TypeError, ValueError, RuntimeError) as e: raise ValueError(f"not an image: {one_line(e)}") from None
+    if x.layout != torch.strided or x.is_meta or x.is_quantized:
+        raise ValueError("not an image: a tensor that is sparse, quantized or without values")
+    return x
 
 def _to_bytes(x):
     "Values as bytes, by the rule of their type."
     if x.dtype == torch.uint8: return x
     if x.dtype == torch.bool: return x.to(torch.uint8)*255
-    if x.is_floating_point(): return check_floats(x)
+    if x.is_floating_point(): return check_floats(x if x.itemsize > 1 else x.float())
     if x.is_complex(): raise ValueError(f"an image of {x.dtype}")
     values = x.cpu().numpy()
     return torch.from_numpy(high_byte(values) if values.dtype == np.uint16 else check_integers(values))

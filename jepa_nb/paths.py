@@ -83,7 +83,9 @@ def shard_files(
         inside = lambda p: sorted(glob(os.path.join(escape(folder), p), recursive=True))
         files = list(chain(*(inside(p) or inside(other(p)) for p in expand_braces(pattern))))
     shards = [Path(f) for f in dict.fromkeys(files) if is_shard(str(f))]
-    if not shards: raise DataError(f"{path}: no shards (.tar, .tar.gz) match; {_SHARD_EXAMPLE}")
+    if not shards:
+        if os.path.isfile(path): raise DataError(f"{path}: is no shard by its name (.tar, .tar.gz or .tgz)")
+        raise DataError(f"{path}: no shards (.tar, .tar.gz) match; {_SHARD_EXAMPLE}")
     return shards
 
 # %% ../nbs/13_paths.ipynb #6013b738

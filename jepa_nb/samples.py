@@ -123,9 +123,10 @@ def divide_sample(
     return [(key, rest)]*has_image + own
 
 def group_neighbours(
-    members, # iterable of (name, position, size)
-):           # yields (key, {ending: (position, size)})
-    "Group neighbouring files with one key. Of two files with one name the first counts."
+    members,       # iterable of (name, position, size)
+    repeated=None, # called with (key, reason) for a photograph that has the name of another
+):                 # yields (key, {ending: (position, size)})
+    "Group neighbouring files with one key. Of two files with one name the first is read."
     key, parts = None, {}
     for name, position, n in members:
         k, ending = split_name(name)
@@ -133,14 +134,16 @@ def group_neighbours(
         if k != key or len(parts) == MAX_FILES:
             if parts: yield key, parts
             key, parts = k, {}
-        parts.setdefault(ending, (position, n))
+        if ending not in parts: parts[ending] = position, n
+        elif repeated is not None and is_photograph(ending): repeated(k, SECOND)
     if parts: yield key, parts
 
 def group_samples(
-    members, # iterable of (name, position, size)
-):           # yields (key, {ending: (position, size)})
+    members,       # iterable of (name, position, size)
+    repeated=None, # see `group_neighbours`
+):                 # yields (key, {ending: (position, size)})
     "Group neighbouring files into samples, as a stream can; see `divide_sample`."
-    for key, parts in group_neighbours(members): yield from divide_sample(key, parts)
+    for key, parts in group_neighbours(members, repeated): yield from divide_sample(key, parts)
 
 
 # %% ../nbs/12_samples.ipynb #c537a184

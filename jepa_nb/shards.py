@@ -145,7 +145,7 @@ def _join_samples(listing):
     sections = [[] for _ in range(max(listing.archive, default=0)+1)]
     for member, k in zip(listing.members, listing.archive): sections[k].append(member)
     for k, members in enumerate(sections):
-        for key, parts in group_neighbours(members):
+        for key, parts in group_neighbours(members, lambda key, reason: skipped.append((key, reason))):
             earlier = joined.setdefault((k, key), parts)
             if earlier is parts: continue
             if earlier.keys() & parts.keys(): skipped.append((key, SECOND))

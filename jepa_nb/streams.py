@@ -227,7 +227,8 @@ def read_shard(
     try: tar = _TarReader(url)
     except (OSError, HTTPException, EOFError, DataError) as e: return report(name, one_line(e))
     with closing(tar.raw):
-        samples = group_samples(_stream_members(tar, damage, lambda k, reason: report(f'{name}: {k}', reason)))
+        say = lambda k, reason: report(f'{name}: {k}', reason)
+        samples = group_samples(_stream_members(tar, damage, say), say)
         usual, following = None, next(samples, None)
         while following is not None:
             key, parts = following

@@ -42,6 +42,10 @@ class WriteOptions:
     replace:bool = False     # remove the shards that another manifest lists; no other file is touched
     max_skipped:float = .1   # share of the images that may be unusable; more ends the work
 
+    def __post_init__(self):
+        if not 0 <= self.max_skipped <= 1: raise DataError(f"max_skipped: should be in [0, 1], not {self.max_skipped}")
+        if self.per_shard < 1: raise DataError(f"per_shard: should be 1 or more, not {self.per_shard}")
+
 MAX_MANIFEST = 2**26 # bytes; a larger file is none
 
 def _parse_manifest(path):
@@ -235,6 +239,7 @@ def make_shards(
     """Write samples into shards. Finished shards of this manifest are kept. DataError where others would be displaced,
     and where too many items are left out."""
     options = WriteOptions(**options)
+    if not str(out): raise DataError("'': names no folder for the shards; . is the current one")
     out, skipped, images, done = Path(out), [], 0, 0
     chunks = [items[k:k+options.per_shard] for k in range(0, len(items), options.per_shard)]
     paths = [out/f'{name}-{k:06d}.tar' for k in range(len(chunks))]
