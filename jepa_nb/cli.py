@@ -424,7 +424,11 @@ def main(
     "The command `jepa_nb`."
     refuse_platform()
     os.environ.setdefault('DATA', 'data') # what paths in recipes begin with
-    warnings.formatwarning = lambda message, *place, **line: f'jepa_nb: {message}\n'
+    warned = set()
+    def format_once(message, *place, **line):
+        text = f'jepa_nb: {message}\n'
+        return '' if text in warned else warned.add(text) or text
+    warnings.formatwarning = format_once
     show_log()
     try:
         code = cli.main(words, prog_name='jepa_nb', standalone_mode=False)

@@ -224,6 +224,7 @@ def check_scores(
     source,           # Source, or Stream
     lidar_images:int, # images of LiDAR
     lidar_views:int,  # views of each
+    group:str='run',  # of these settings, for the message
 ):
     "Raise DataError, before training, for scores that could not be computed."
     if isinstance(source, Stream):
@@ -231,7 +232,7 @@ def check_scores(
                         "run.rank_every=0, or local shards")
     if not 2 <= lidar_images <= len(source):
         raise DataError(f"{source.name}: {len(source)} images, of which LiDAR cannot take {lidar_images}; "
-                        f"run.lidar_images=2 to {len(source)} would do")
+                        f"{group}.lidar_images=2 to {len(source)} would do")
     if lidar_views < 2: raise DataError(f"LiDAR compares views: it needs 2 or more, not {lidar_views}")
 
 def batch_tokens(

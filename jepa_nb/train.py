@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MUTABLE_ON_RESUME', 'SIGNS', 'collapse_metrics', 'effective_rank_scores', 'check_same_config', 'check_same_data',
-           'skip_to_next_epoch', 'check_same_start', 'init_or_resume', 'compute_gradients', 'is_finished', 'RunLogger',
-           'train']
+           'skip_to_next_epoch', 'check_same_start', 'init_or_resume', 'compute_gradients', 'refuse_foreign',
+           'is_finished', 'RunLogger', 'train']
 
 # %% ../nbs/35_train.ipynb #4b0bbdf3
 import json
@@ -16,7 +16,7 @@ import sys
 import time
 from collections import deque
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ from .loader import loader
 from .metrics import check_scores, collapse_signs, collapse_state, rank_scores
 from .optim import FiniteGuard, apply_update, beta_at, gradient_norm, lr_at, make_optimizer
 from .paths import expand_path, is_remote
-from .recipes import ConfigError, load_config, save_config
+from .recipes import ConfigError, load_config, parse_yaml, save_config
 from .sources import data_differences, data_fingerprint, is_size_fingerprint, left_out, log_summary
 from .streams import open_data
 
@@ -208,12 +208,26 @@ def compute_gradients(
 
 
 # %% ../nbs/35_train.ipynb #b2728181
+def refuse_foreign(
+    run:Path, # run folder, without a checkpoint
+):
+    "Raise RunError where training would overwrite a config.yaml or done.json that no run wrote."
+    known = {'config.yaml': {f.name for f in fields(Config)}-{'authors_code'}, 'done.json': {'step', 'checkpoint'}}
+    for name, keys in known.items():
+        path = run/name
+        if not path.exists(): continue
+        try: found = parse_yaml(path.read_text(), f'{path}:') # JSON is YAML
+        except (ConfigError, OSError, ValueError): found = None
+        if isinstance(found, dict) and keys <= set(found): continue
+        raise RunError(f"{path}: is in the way and was written by no run; nothing was touched, another folder would do")
+
 def is_finished(
     run:Path,   # run folder
     cfg:Config, # that it is asked to go on with
     start=None, # checkpoint that it is asked to begin with; None: no request
 )->bool:
     "Whether a run already has all its updates. Raises RunError where it began otherwise than it is asked to."
+    if not checkpoint_folders(run): refuse_foreign(run)
     if not (run/'done.json').is_file() or not checkpoint_folders(run): return False
     try: done, old = read_json(run/'done.json'), load_config(run/'config.yaml')
     except (ValueError, ConfigError) as e:

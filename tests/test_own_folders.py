@@ -9,6 +9,7 @@ from jepa_nb.checkpoint import read_log
 from jepa_nb.cli import main
 from jepa_nb.diagnosis import diagnose
 from jepa_nb.files import RunError
+from jepa_nb.recipes import save_config
 from jepa_nb.replay import replay, replay_file, replay_start, save_replay
 from jepa_nb.train import is_finished, train
 
@@ -54,6 +55,7 @@ def test_exports_without_a_log_are_named_as_such(tmp_path):
 
 def test_a_run_does_not_begin_in_an_export(tmp_path):
     (tmp_path/'trained.json').write_text('{"step": 4}')
-    (tmp_path/'config.yaml').write_text('kept')
+    save_config(tiny('run.name=exported'), tmp_path/'config.yaml')
+    before = (tmp_path/'config.yaml').read_text()
     with pytest.raises(RunError, match='is an export'): train(tiny(), tmp_path, progress=False)
-    assert (tmp_path/'config.yaml').read_text() == 'kept'
+    assert (tmp_path/'config.yaml').read_text() == before
