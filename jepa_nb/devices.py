@@ -109,7 +109,7 @@ def use_deterministic():
     torch.use_deterministic_algorithms(True)
 
 def no_room(run:Path)->str:
-    "What is said where loader processes have no room to hand over their batches."
+    "Message of the error that ends a run where shared memory is too small for the loader processes."
     try: size = f' ({shutil.disk_usage(SHARED).total/2**20:.3g} MB)'
     except OSError: size = ''
     return f"{run}: loader processes found no room in {SHARED}{size}; data.workers=0 does without, {MORE_ROOM}"
@@ -251,7 +251,7 @@ class Watchdog:
         answer = []
         def ask():
             try: answer.append(f())
-            except Exception: pass # the store's errors have many types; none of them is an answer
+            except (RuntimeError, OSError, ValueError): pass # the store's errors; none of them is an answer
         t = threading.Thread(target=ask, daemon=True)
         t.start()
         t.join(min(10., max(1., self.timeout)))

@@ -211,7 +211,7 @@ def describe_classes(
     task,            # of `make_task`
     cfg:EvalConfig,  # resolved
 )->dict:
-    "Classes that one half of a task lacks, by name, and what became of test images of such classes: their number."
+    "Names of classes without test images, and, by class, test images counted as errors and test images left out."
     (train, _, y), (test, _, test_y) = task
     name = lambda k: class_name(train, int(k)) if cfg.target == 'label' else int(k)
     counts = lambda ks: {str(name(k)): int((test_y == k).sum()) for k in ks}

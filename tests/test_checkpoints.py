@@ -16,6 +16,7 @@ import yaml
 from kills import kill_exports, kill_saves, results
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_resume import tiny
 
 import jepa_nb.checkpoint
 import jepa_nb.files
@@ -42,7 +43,6 @@ from jepa_nb.formats import ViTSpec, encoder_shapes, predictor_shapes
 from jepa_nb.interop import convert, read_any
 from jepa_nb.layers import sincos2d, sincos_table
 from jepa_nb.patches import positions
-from jepa_nb.recipes import make_config
 from jepa_nb.shards import write_shards
 from jepa_nb.sources import (
     FolderSource,
@@ -54,13 +54,7 @@ from jepa_nb.sources import (
 from jepa_nb.torch_files import InteropError, memory_limit, read_pickle
 from jepa_nb.train import check_same_config, train
 
-TINY = dict(
-    data=dict(images=64, side=32), scale=dict(min_side=4, max_side=8), pack=dict(rows=2, context=64, target=96, pool=8),
-    encoder=dict(patch=4, dim=32, depth=2, heads=2, norm_out='dyntanh'), predictor=dict(dim=16, depth=1, heads=2),
-    optim=dict(warmup=5), teacher=dict(warmup=5, ramp=20),
-    run=dict(steps=4, save_every=2, log_every=2, threads=1, device='cpu', keep=9))
 
-def tiny(*words): return make_config(TINY, words)
 def names(folder): return sorted(p.name for p in folder.iterdir())
 def steps(run): return [int(c.name[5:]) for c in checkpoint_folders(run)]
 
