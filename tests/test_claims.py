@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from jepa_nb.claims import UNTESTED
 from jepa_nb.figure_files import table_csv
 from jepa_nb.ledger import CLAIMS, ledger
+from jepa_nb.stats import UNTESTED
 
 NUMBERS = [c.number for c in CLAIMS]
 LN, TANH = 'LayerNorm', 'DynTanh'
@@ -295,9 +295,8 @@ def test_one_size_alone_does_not_make_both(tmp_path):
 
 def test_the_paper_contradicts_itself():
     "Its own table against its own words, from the published CSVs."
-    from jepa_nb.claims import published
+    from jepa_nb.claims import published, resolve
     from jepa_nb.claims_ec import LOCAL, OOD, ahead
-    from jepa_nb.ledger import resolve
     P = published('EC')
     assert [[c for c in OOD+LOCAL if ahead(P, c, size) < 0] for size in (1, 2)] == [['eurosat', 'clevr_dist']]*2
     assert all(ahead(P, score, size) > 0 for score in ('rankme', 'lidar') for size in (1, 2))
