@@ -240,5 +240,10 @@ def ledger(
     "Judge every claim by the figures of a tier, one row each."
     folder = Path(folder)
     tables, tier = read_tables(folder), tier or folder.name
-    return [ledger_row(c, judge(c, tables), tier=tier, runs=runs_of(folder, c.figure)) for c in claims]
+    rows = []
+    for c in claims:
+        results = compare_claim(c, tables)
+        row = ledger_row(c, judge(c, tables, results=results), tier=tier, runs=runs_of(folder, c.figure))
+        rows.append(row | dict(decides=what_decides(c, tables, results=results, tier=tier)))
+    return rows
 
