@@ -85,6 +85,8 @@ def by_seed(
     **where,            # cells that a row must have
 )->dict[int,float]:     # seed -> mean over the rows of that seed
     "Average a column of a figure per seed; raises NotTestable where there is no number."
+    if not any(column in r for r in tables[stem]):
+        raise NotTestable(f'{stem} was drawn before {column} was kept; redraw it', REDRAW)
     values = {}
     for r in select(tables, stem, **where):
         v, seed = cell_number(r.get(column)), cell_number(r.get('seed'))
@@ -330,8 +332,8 @@ def beats_baselines(f:Facts, tables):
     untrained, in the linear probe and in k-NN, averaged over the last third of the depths."""
     for value, name in ((f.skill_acc, 'linear probe'), (f.skill_knn, 'k-NN')):
         if value is None:
-            raise NotTestable('the gain over raw pixels and untrained networks is not known; evaluate the baselines '
-                              'and redraw the tables', 'raw pixels and untrained networks evaluated as the runs are')
+            raise NotTestable('the gain over raw pixels and untrained networks is not known: the tables were drawn '
+                              'before it was kept, or without these baselines; redraw them', REDRAW)
         if value < MIN_SKILL:
             asked = f'{MIN_SKILL:g} standard errors'
             raise NotTestable(f'{name}: the run with the least gain over its better baseline is {value:.1f} standard '
@@ -458,5 +460,5 @@ def judge(
     if failed: word, reasons = UNTESTED, [str(failed), *(r for r in reasons if not r.startswith('not tested: '))]
     reported_only = [r for r in compare(claim.reported_only, tables) if isinstance(r, Estimate)]
     return Judgement(word, '; '.join(dict.fromkeys(reasons)), parts, reported_only, scale,
-                     published_excluded(claim, results[0]))
+                     published_excluded(claim, results[0]) if word != UNTESTED else '')
 
