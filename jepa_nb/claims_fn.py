@@ -78,7 +78,8 @@ FN_LOSS_CLAIMS = [
     Claim(4, 'FN', "DynTanh's losses have the longer tail",
         'IJEPA-Tanh exhibits a longer tailed loss distribution than IJEPA-LN', '§5', None,
         (Comparison("Hill's tail index of |error|, DynTanh − LayerNorm", between_norms(
-            'fn_fig1_loss_distribution', 'value', statistic='tail_index', level='error'), smallest=.05, why=TAIL_STEP),),
+            'fn_fig1_loss_distribution', 'value', statistic='tail_index', level='error'),
+                    smallest=.05, why=TAIL_STEP),),
         'fn_fig1_loss_distribution', (beats_baselines,),
         reported_only=(Comparison("Hill's tail index of the loss, DynTanh − LayerNorm", between_norms(
                            'fn_fig1_loss_distribution', 'value', statistic='tail_index', level='channel')),
