@@ -171,7 +171,8 @@ def ec_tier(e, above):
                            for size in (1, 2)]
     cost = lambda m, low, k: push(k)*(m == IJ and low == .4)
     t['ec_fig2_context_scale'] = [dict(method=m, seed=k, low=low, high=1, steps=100, acc=0,
-                                       acc_late=level(IJ, k)-5*cost(m, low, k), rankme=(50+k)*(1-.25*cost(m, low, k)), **seen)
+                                       acc_late=level(IJ, k)-5*cost(m, low, k),
+                                       rankme=(50+k)*(1-.25*cost(m, low, k)), **seen)
                                   for m in (IJ, EC) for k in ks for low in (.85, .4)]
     t['ec_fig2_context_scale'] += [apart('acc_late', low=low) for low in (.85, .4)]
     t['ec_fig3_sample_efficiency'] = [dict(method=m, size=size, seed=k, step=s, acc=0, acc_late=level(m, k)+s, **seen)
