@@ -112,7 +112,6 @@ def varlen_kernel(device:torch.device):
                          "'dense' works with every version") from None
     return varlen_attn
 
-@torch.compiler.disable # the number of images depends on the batch
 def _varlen_layout(
     sample:Tensor, # [b n] image of each token, -1 padding
 )->TokenLayout:    # all slots, each image's together; the padding of a row is one more sequence
