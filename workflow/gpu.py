@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import signal
 import statistics
 import sys
 import tarfile
@@ -150,18 +151,19 @@ def make_all(runs:list[Run], jobs:int, end:float, logs:Path, say):
     def begin(run, steps):
         log = logs/f'{steps[0][1][0]}-{run.name}-seed{run.seed}.txt'
         running[forked(call_cli, steps[0][1], str(log))] = run, steps, log, time.monotonic()
-    while (waiting or running) and time.monotonic() < end:
-        while waiting and len(running) < jobs:
-            run = waiting.popleft()
-            begin(run, run.left())
-        for p in [p for p in running if not p.is_alive()]:
-            run, steps, log, start = running.pop(p)
-            verb, seconds = steps[0][1][0], time.monotonic()-start
-            if p.exitcode or not steps[0][0].exists(): say(f'failed: {verb} {run.title}; {last_line(log)}')
-            elif steps[1:]: begin(run, steps[1:])
-            else: say(f'done: {run.title}, its {verb} in {seconds:.0f} s')
-        time.sleep(.1)
-    stop(running)
+    try:
+        while (waiting or running) and time.monotonic() < end:
+            while waiting and len(running) < jobs:
+                run = waiting.popleft()
+                begin(run, run.left())
+            for p in [p for p in running if not p.is_alive()]:
+                run, steps, log, start = running.pop(p)
+                verb, seconds = steps[0][1][0], time.monotonic()-start
+                if p.exitcode or not steps[0][0].exists(): say(f'failed: {verb} {run.title}; {last_line(log)}')
+                elif steps[1:]: begin(run, steps[1:])
+                else: say(f'done: {run.title}, its {verb} in {seconds:.0f} s')
+            time.sleep(.1)
+    finally: stop(running)
 
 
 def last_line(log:Path)->str:
@@ -414,4 +416,6 @@ def main(words=None):
     return len(missed)
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) # the runs are stopped, each at a checkpoint
+    main()
