@@ -54,6 +54,7 @@ from jepa_nb.recipes import load_config, make_config
 from jepa_nb.tasks import run_source
 from jepa_nb.tiers import as_overrides, read_tier, tier_file
 
+ROOT = Path(__file__).resolve().parents[1]
 STAGES = ('speed', 'runs', 'throughput')
 PAIRS = (('fn_ln', 'fn_tanh'), ('ec_ijepa', 'ec_ec'), ('ec_wide_ijepa', 'ec_wide_ec')) # in the order of their worth
 RANKS = dict(rank_images=4000, lidar_images=400, lidar_views=10, train_images=4000, test_images=2000) # as tier small's
@@ -76,7 +77,8 @@ def arguments(words=None):
     p.add_argument('--dry', action='store_true', help='toy sizes, tier smoke, one seed')
     a = p.parse_args(words)
     if a.dry: a.tier, a.seeds, a.jobs = 'smoke', 1, 2
-    a.work = a.work or Path('runs')/(f'{a.tier}-dry' if a.dry else a.tier)
+    a.out, a.data, a.work = a.out.resolve(), str(Path(a.data).resolve()), a.work and a.work.resolve()
+    a.work = a.work or Path('runs')/(f'{a.tier}-dry' if a.dry else a.tier) # in the clone
     a.begin = time.monotonic()
     a.end = a.begin+60*a.minutes-max(15., 4.*a.minutes) # what is left is for bringing home
     return a
@@ -372,6 +374,8 @@ def bring_home(args, runs:list[Run], say)->list[Run]:
 
 def main(words=None):
     args = arguments(words)
+    os.chdir(ROOT)
+    os.environ.setdefault('JEPA_NB_CACHE', str(ROOT/'runs/.cache')) # as `make reproduce` has it
     os.environ['DATA'] = args.data
     tier = read_tier(tier_file(args.tier))
     tier.setdefault('ranks', RANKS)
