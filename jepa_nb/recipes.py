@@ -318,7 +318,7 @@ def untrained_fingerprint(
 )->str: # 16 hexadecimal digits
     """Return a checksum of an untrained encoder without its output norm: of architecture, conditioning, image size and
     seed. Runs with equal checksums have one baseline."""
-    encoder = {k: v for k, v in asdict(cfg.encoder).items() if k != 'norm_out'}
+    encoder = {k: v for k, v in asdict(cfg.encoder).items() if k not in ('norm_out', 'norm_scale')}
     what = [encoder, asdict(cfg.condition), cfg.scale.max_side, cfg.run.seed]
     return sha256(json.dumps(what, sort_keys=True).encode(), digits=16)
 
