@@ -220,7 +220,7 @@ class ObjectiveConfig:
     # weights of the tokens in the loss. energy: the L2 norm of the teacher's token before its output norm, to the power
     # weight_gamma; shuffled: the same weights, permuted at random among the scored tokens (a control)
     token_weight:Literal['none', 'energy', 'shuffled']='none'
-    weight_gamma:NonNeg=1.
+    weight_gamma:Annotated[NonNeg, Field(le=8)]=1.
     # diffmoe: how the teacher selects experts; FN's code: training
     teacher_routing:Literal['inference', 'training']='inference'
 
