@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OUTCOMES', 'NORM_OR_BETA', 'NORM_NAMES', 'BETA_NAMES', 'CONDITIONING', 'ENERGY_WEIGHTS', 'KINDS', 'RANGES', 'GAMMAS',
            'OUR_CLAIMS', 'Contrast', 'add_weights', 'experiment_facts', 'learned', 'comparison', 'contrast_rows',
-           'table_of', 'question', 'norm_cell', 'loss_free', 'norm_contrasts', 'beyond_contrasts', 'condition_cell',
-           'condition_contrasts', 'weight_cell', 'weight_contrasts']
+           'contrast_text', 'table_of', 'question', 'norm_cell', 'loss_free', 'norm_contrasts', 'beyond_contrasts',
+           'condition_cell', 'condition_contrasts', 'weight_cell', 'weight_contrasts']
 
 # %% ../nbs/52_claims_ours.ipynb #d199f74e
 from functools import partial
@@ -58,7 +58,7 @@ def add_weights(
     total = {c: sum(f*d.get(c, 0) for f, d in terms) for c in cells}
     return {c: w for c, w in total.items() if abs(w) > 1e-12}
 
-# %% ../nbs/52_claims_ours.ipynb #78eb21e5
+# %% ../nbs/52_claims_ours.ipynb #fbc89219
 def experiment_facts(
     tables,
     contrasts:tuple=(), # whose runs count
@@ -121,6 +121,12 @@ def contrast_rows(
         except NotTestable as e: row |= dict(reason=str(e))
         rows.append(row)
     return rows
+
+def contrast_text(row:dict)->str:
+    "A row of `contrast_rows` in a line."
+    interval = '' if row['low'] is None else f" [{row['low']:+.3g}, {row['high']:+.3g}]"
+    found = row.get('reason') or f"{row['value']:+.3g}{interval}, {row['verdict']}"
+    return f"{OUTCOMES[row['outcome']][0]}: {row['name']}: {found}"
 
 def table_of(rows:list[dict])->list[dict]:
     "Rows as a CSV has them: numbers by seed as `0:1.5 1:2`."
