@@ -154,7 +154,7 @@ def gain_in_errors(
     q, n = max(shares), probe['n_test']
     return (p-q)/math.sqrt(max(p*(1-p)+q*(1-q), 1e-9)/n)
 
-# %% ../nbs/49_cells.ipynb #8902dc53
+# %% ../nbs/49_cells.ipynb #32abc4f7
 def draw_contrasts(
     ax,        # matplotlib axes
     rows:list, # dicts with name, value, low, high (None: no interval), by_seed, smallest
@@ -170,10 +170,12 @@ def draw_contrasts(
         if r['low'] is not None: ax.plot((r['low'], r['high']), (y, y), color='#222222', lw=1.4)
         ax.plot(r['value'], y, 'o', color='#222222', ms=4)
     ax.axvline(0, color='#888888', lw=.8)
-    ax.set(yticks=range(len(rows)), ylim=(len(rows)-.4, -.6), xlabel=unit)
+    least = 1.1*max((r['smallest'] for r in rows), default=1.)
+    (low, high), y = ax.get_xlim(), len(rows)
+    ax.set(xlim=(min(low, -least), max(high, least)), yticks=range(y), ylim=(y-.4, -.6), xlabel=unit)
     ax.set_yticklabels([r['name'] for r in rows], fontsize=7.5)
 
-# %% ../nbs/49_cells.ipynb #b39c2c03
+# %% ../nbs/49_cells.ipynb #28734ce4
 TONES = ('#222222', '#C44E52', '#4C72B0', '#888888') # of the lines
 
 def cell_values(table:list, cell:str, outcome:str)->list[float]:
@@ -198,7 +200,9 @@ def draw_cells(
         is_empty &= not found
     ax.set(xticks=range(len(levels)), xlim=(-.4, len(levels)-.6), title=title)
     ax.set_xticklabels(levels, fontsize=7.5)
-    if is_empty: ax.text(.5, .5, 'no runs yet', transform=ax.transAxes, ha='center', color='#888888', fontsize=8)
+    if not is_empty: return
+    ax.set_yticks([])
+    ax.text(.5, .5, 'no runs yet', transform=ax.transAxes, ha='center', color='#888888', fontsize=8)
 
 def runs_text(
     table:list, # of `run_rows`
