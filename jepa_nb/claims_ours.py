@@ -147,7 +147,7 @@ def question(
                  tuple(comparison(c, sequential) for c in contrasts), figure, needs=needs,
                  facts=partial(experiment_facts, contrasts=tuple(contrasts)))
 
-# %% ../nbs/52_claims_ours.ipynb #e64c24d9
+# %% ../nbs/52_claims_ours.ipynb #fc504844
 NORM_OR_BETA = 'beyond_norm_or_beta'
 NORM_NAMES = dict(layernorm='LayerNorm', layernorm_scaled='LayerNorm x 0.3', dyntanh='DynTanh', rmsnorm='RMSNorm')
 BETA_NAMES = {'1': '1', '1.0': '1', 'std': 'std', 'l2': 'L2'}
@@ -156,9 +156,9 @@ def norm_cell(s:dict)->str|None:
     "The cell of a run of the first experiment, from its settings."
     norm, beta = NORM_NAMES.get(s['norm']), BETA_NAMES.get(str(s['beta']))
     fits = s['token_weight'] == 'none' and (s['norm'] != 'layernorm_scaled' or s['norm_scale'] == .3)
-    return f'{norm}, beta {beta}' if norm and beta and fits else None
+    return f'{norm} beta {beta}' if norm and beta and fits else None
 
-def _at(norm, beta): return {f'{norm}, beta {beta}': 1.}
+def _at(norm, beta): return {f'{norm} beta {beta}': 1.}
 
 def loss_free(norm:str, outcome:str)->dict:
     "Weights of a norm's mean over the losses that follow the scale of the features."
@@ -187,18 +187,18 @@ def beyond_contrasts()->list[Contrast]:
     return [make('LayerNorm − DynTanh at beta 1', at('1')),
             make('LayerNorm − DynTanh at beta 1, minus at std', add_weights((1, at('1')), (-1, at('std'))))]
 
-# %% ../nbs/52_claims_ours.ipynb #d6f34cba
+# %% ../nbs/52_claims_ours.ipynb #6ece7106
 CONDITIONING, ENERGY_WEIGHTS = 'beyond_conditioning_or_tokens', 'beyond_energy_weights'
 KINDS, RANGES = ('none', 'positions', 'shuffled', 'learned'), ('0.85', '0.4')
 
 def condition_cell(s:dict)->str|None:
     "The cell of a run of the second experiment, from its settings."
     low = f"{s['context_scale'][0]:g}"
-    return f"{s['condition']}, from {low}" if s['condition'] in KINDS and low in RANGES else None
+    return f"{s['condition']} from {low}" if s['condition'] in KINDS and low in RANGES else None
 
 def _kind(kind, *lows):
     "Weights of a kind's mean over ranges."
-    return {f'{kind}, from {low}': 1/len(lows) for low in lows}
+    return {f'{kind} from {low}': 1/len(lows) for low in lows}
 
 def condition_contrasts()->list[Contrast]:
     "The four contrasts of the second experiment, in the order of its statements."
@@ -218,13 +218,13 @@ def weight_cell(s:dict)->str|None:
     gamma = f"{s['weight_gamma']:g}"
     if s['norm'] != 'layernorm' or s['beta'] != 1: return None
     if s['token_weight'] == 'none' or gamma == '0': return 'unweighted'
-    return f"{s['token_weight']}, gamma {gamma}" if gamma in GAMMAS else None
+    return f"{s['token_weight']} gamma {gamma}" if gamma in GAMMAS else None
 
 def weight_contrasts()->dict[str,list[Contrast]]:
     "The contrasts of the third experiment by the name of their statement, one for each power."
     def make(name, outcome, a, b):
-        cell = lambda k, g: {k if k == 'unweighted' else f'{k}, gamma {g}': 1.}
-        return [Contrast(ENERGY_WEIGHTS, f'{name}, gamma {g}', outcome, add_weights((1, cell(a, g)), (-1, cell(b, g))))
+        cell = lambda k, g: {k if k == 'unweighted' else f'{k} gamma {g}': 1.}
+        return [Contrast(ENERGY_WEIGHTS, f'{name} gamma {g}', outcome, add_weights((1, cell(a, g)), (-1, cell(b, g))))
                 for g in GAMMAS]
     return dict(cause=make('energy − shuffled', 'acc_late', 'energy', 'shuffled'),
                 worth=make('energy − unweighted', 'acc_late', 'energy', 'unweighted'),

@@ -105,7 +105,7 @@ def test_a_notebook_finds_what_was_put_in(invented, tmp_path, stem):
         x = by_name['interaction', 'acc_late']
         assert float(x['value']) == pytest.approx(-10*-1, abs=3) and float(x['low']) > .5 and float(x['se_images']) >= 0
         values = {(r['cell'], r['seed']): float(r['acc_late']) for r in runs}
-        at = lambda n, b, k: values[f'{n}, beta {b}', k]
+        at = lambda n, b, k: values[f'{n} beta {b}', k]
         by_hand = np.mean([at('DynTanh', '1', k)-at('LayerNorm', '1', k)
                            - (at('DynTanh', 'std', k)+at('DynTanh', 'L2', k)-at('LayerNorm', 'std', k)
                               - at('LayerNorm', 'L2', k))/2 for k in '01234'])
@@ -144,10 +144,11 @@ def test_an_incomplete_run_and_a_second_one_are_named(tmp_path, invented):
     other = invent(tmp_path/'norm_z/seed0', 0, dict(norm='batchnorm'), .5)
     runs, missing = read_cells([*folders, empty, twin, other], norm_cell)
     assert len(runs) == 60 and sorted(v.split(',')[0] for v in missing.values()) == [
-        'is a second run of DynTanh', 'its settings are of no cell of this experiment', 'no measures and no probe']
-    gone = [r for r in runs if (r.cell, r.seed) != ('DynTanh, beta std', 3)]
+        'is a second run of DynTanh beta 1', 'its settings are of no cell of this experiment',
+        'no measures and no probe']
+    gone = [r for r in runs if (r.cell, r.seed) != ('DynTanh beta std', 3)]
     rows = missing_rows(sorted({r.cell for r in runs}), gone, {}, 5)
-    assert [(r['cell'], r['reason']) for r in rows] == [('DynTanh, beta std', '4 of 5 runs')]
+    assert [(r['cell'], r['reason']) for r in rows] == [('DynTanh beta std', '4 of 5 runs')]
 
 def test_every_cell_of_the_tier_differs_in_its_settings_alone():
     from jepa_nb.claims_ours import condition_cell, norm_cell, weight_cell
