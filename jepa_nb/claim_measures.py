@@ -61,6 +61,9 @@ def between_norms(
 )->Callable:
     "A figure's column with DynTanh minus that with LayerNorm."
     def values(t):
+        level = where.get('level')
+        if level and not any(is_cell(r.get('level'), level) for r in t[stem]):
+            raise NotTestable(f'{stem} was drawn before statistics of {level} were kept; redraw it', REDRAW)
         column_of = lambda name: {k:f(v) for k, v in by_seed(t, stem, column, features=name, **where).items()}
         return Numbers(paired(column_of(TANH), column_of(LN)),
                        image_part(t, stem, 'se_images', needed=False, features=BOTH, **where))
@@ -92,7 +95,7 @@ def log_spread_ratio(t:Tables, name:str)->dict[int,float]:
     log_cv = lambda where: {k:math.log(max(v, 1e-9)) for k, v in energy_at_end(t, name, 'cv', where).items()}
     return paired(log_cv(AFTER), log_cv(BEFORE))
 
-SCENES = 'test images with object masks, as rendered scenes have: the figure drawn with data=scenes, minutes on a CPU'
+SCENES = 'test images with object masks, as rendered scenes have (minutes of a CPU core)'
 
 def auroc_gain(name:str)->Callable:
     "AUROC of the energy against object masks, minus the larger of chance and the untrained network's AUROC."

@@ -17,8 +17,8 @@ import yaml
 from scipy.special import stdtrit
 
 from jepa_nb.claims import (
-    Claim, Comparison, Estimate, Facts, Judgement, NotTestable, Tables, compare_claim, judge, part_values, published,
-    read_tables, resolve,
+    REDRAW, Claim, Comparison, Estimate, Facts, Judgement, NotTestable, Tables, compare_claim, judge, part_values,
+    published, read_tables, resolve,
 )
 from .claims_ec import EC_CLAIMS
 from .claims_fn import FN_CLAIMS
@@ -163,7 +163,8 @@ def more_seeds(
     counts = [seeds_needed(p, tables) for p in open_parts]
     if None in counts:
         far = open_parts[counts.index(None)]
-        return (f'more than {MANY} {claim.repeats}, or more test images: '
+        by_images = any(isinstance(r, Estimate) and r.has_images for r in results)
+        return (f'more than {MANY} {claim.repeats}{", or more test images"*by_images}: '
                 f'the interval of "{far.name}" is wide beside its distance from {far.bound:g}')
     return f'about {max(counts)} {claim.repeats}, if difference and spread stay as they are'
 
@@ -198,14 +199,18 @@ def time_text(seconds:float)->str:
     if seconds < 5400: return f'{seconds/60:.0f} min'
     return f'{seconds/3600:.1f} h' if seconds < 36_000 else f'{seconds/3600:,.0f} h'
 
-def cost_text(claim:Claim, tier:str|None)->str:
+def cost_text(
+    claim:Claim,         # in question
+    tier:str|None,       # e.g. 'small'
+    redraw:bool=False,   # the figure alone is to be drawn again
+)->str:
     "What a further seed of a claim's runs and its figure cost at a tier, with the command; '' where that is unknown."
     costs = tier_costs(tier) if tier else {}
     if not costs: return ''
     seconds, runs = costs['seconds'], costs['figures'].get(claim.figure) or []
     of = lambda kind, run='': seconds.get(f'{kind} {run}', seconds.get(kind, 0))
     draw = time_text(of('figure'))
-    if not runs: return f'make figures TIER={tier} (about {draw})'
+    if redraw or not runs: return f'make figures TIER={tier}, about {draw} for the figure'
     seed = max(of('train', r)+of('evaluate') for r in runs)
     return f'make reproduce TIER={tier}, about {time_text(seed)} for each run and seed, {draw} for the figure'
 
@@ -224,7 +229,7 @@ def what_decides(
     is_refuted = claim.every and 'fails' in verdicts and not missing
     if not is_refuted: missing.append(more_seeds(claim, results, tables))
     if missing := [x for x in dict.fromkeys('; '.join(missing).split('; ')) if x]:
-        cost = claim.remedy or cost_text(claim, tier)
+        cost = cost_text(claim, tier, redraw=True) if missing == [REDRAW] else claim.remedy or cost_text(claim, tier)
         return 'It would take ' + '; '.join(missing) + (f'. Cost: {cost}.' if cost else '.')
     if judge(claim, tables, facts, results).verdict == 'contradictory':
         return 'Nothing at this scale: each comparison is decided, and they disagree.'
