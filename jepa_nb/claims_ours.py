@@ -58,7 +58,7 @@ def add_weights(
     total = {c: sum(f*d.get(c, 0) for f, d in terms) for c in cells}
     return {c: w for c, w in total.items() if abs(w) > 1e-12}
 
-# %% ../nbs/52_claims_ours.ipynb #fbc89219
+# %% ../nbs/52_claims_ours.ipynb #f95e19bc
 def experiment_facts(
     tables,
     contrasts:tuple=(), # whose runs count
@@ -84,7 +84,7 @@ def learned(f:Facts, tables):
 
 OUTCOMES = { # column -> name with unit, smallest effect of interest, why
     'acc_late':       ('linear probe (points)', .5, 'about one standard error of a difference between two runs'),
-    'tail_index':     ("Hill's index of |error|", .05, 'as in claim 4'),
+    'tail_index':     ("Hill's index of errors", .05, 'as in claim 4'),
     'beyond_beta':    ('errors beyond beta (points)', 1., 'less is no other loss'),
     'energy_corr':    ('energy and error (Spearman)', .05, 'less is not seen in a map'),
     'position_share': ('share of variance', .01, 'one hundredth of the variance'),
