@@ -65,7 +65,7 @@ def read_cells(
         else: runs.append(CellRun(Path(folder), cell, measures['seed'], measures, add_late(probe)))
     return runs, missing
 
-# %% ../nbs/49_cells.ipynb #7fec9620
+# %% ../nbs/49_cells.ipynb #c13a6779
 def contrast_by_seed(
     values:dict,  # cell -> {seed: number}
     weights:dict, # cell -> weight; they sum to 0
@@ -80,7 +80,7 @@ def contrast_by_seed(
 _answers = lru_cache(maxsize=1024)(read_answers) # a run enters several contrasts
 
 def contrast_image_error(
-    runs:list[CellRun],
+    runs:list[CellRun], # of all cells
     weights:dict,   # cell -> weight
     seeds,          # that are compared
     measure:str='acc_late', # see `read_answers`
@@ -101,9 +101,9 @@ def contrast_image_error(
     if len(sums[1]) < 2: return None
     return image_error(*(np.stack(sums[side]) for side in (1, -1)))
 
-# %% ../nbs/49_cells.ipynb #aff86859
+# %% ../nbs/49_cells.ipynb #32af9f21
 def run_rows(
-    runs:list[CellRun],
+    runs:list[CellRun], # of `read_cells`
     untrained:list,  # of `read_baselines`
     raw:dict|None,   # of raw pixels
 )->list[dict]:       # one per run, then the baselines
@@ -131,7 +131,7 @@ def run_rows(
 
 def missing_rows(
     cells,            # names of all cells of the experiment
-    runs:list[CellRun],
+    runs:list[CellRun], # those that are there
     missing:dict,     # of `read_cells`
     seeds:int,        # that the design asks for, at least
 )->list[dict]:
@@ -175,10 +175,14 @@ def draw_contrasts(
     ax.set(xlim=(min(low, -least), max(high, least)), yticks=range(y), ylim=(y-.4, -.6), xlabel=unit)
     ax.set_yticklabels([r['name'] for r in rows], fontsize=7.5)
 
-# %% ../nbs/49_cells.ipynb #28734ce4
+# %% ../nbs/49_cells.ipynb #2361833c
 TONES = ('#222222', '#C44E52', '#4C72B0', '#888888') # of the lines
 
-def cell_values(table:list, cell:str, outcome:str)->list[float]:
+def cell_values(
+    table:list,  # of `run_rows`
+    cell:str,    # its name
+    outcome:str, # column of the table
+)->list[float]:
     "The numbers of a cell's runs, those that are there."
     return [r[outcome] for r in table if (r['what'], r['cell']) == ('run', cell) and r.get(outcome) is not None]
 

@@ -58,7 +58,7 @@ def add_weights(
     total = {c: sum(f*d.get(c, 0) for f, d in terms) for c in cells}
     return {c: w for c, w in total.items() if abs(w) > 1e-12}
 
-# %% ../nbs/52_claims_ours.ipynb #f95e19bc
+# %% ../nbs/52_claims_ours.ipynb #a57cbd45
 def experiment_facts(
     tables,
     contrasts:tuple=(), # whose runs count
@@ -99,7 +99,7 @@ def comparison(
     return Comparison(f'{c.name}, {name}', c.values, smallest=least, why=why, sequential=sequential)
 
 def contrast_rows(
-    contrasts:list[Contrast],
+    contrasts:list[Contrast], # of one table
     table:list,      # rows of runs, as numbers
     runs:list,       # `CellRun`s, for the answers per image
     sequential:bool=False, # seeds are added by the stopping rule
