@@ -23,7 +23,9 @@ from pathlib import Path
 
 import click
 
-from .cli_eval import depth_command, eval_command, ranks_command, read_run_config, refuse, show_log
+from jepa_nb.cli_eval import (
+    depth_command, eval_command, measure_command, ranks_command, read_run_config, refuse, show_log,
+)
 from .files import DISK_ERRORS, writing
 from .launch import ASKS, die_with_parent, join_job_lock
 from .locks import fcntl
@@ -118,7 +120,7 @@ def move_aside(
         run.rename(run.with_name(f'{run.name}.old-{n}'))
     click.echo(f'{run}: was begun with other settings; kept as {run.name}.old-{n}', err=True)
 
-for command in (eval_command, depth_command, ranks_command): cli.add_command(command) # of `cli_eval`
+for command in (eval_command, depth_command, ranks_command, measure_command): cli.add_command(command) # of `cli_eval`
 
 # %% ../nbs/76_cli.ipynb #562e509e
 @cli.command('replay')
@@ -409,7 +411,7 @@ def report_command(out):
 # %% ../nbs/76_cli.ipynb #1292e33c
 def explain_option(e:click.NoSuchOption)->str:
     "The message of an unknown option; settings of evaluations were options once."
-    from jepa_nb.eval_config import DepthConfig, EvalConfig, RankConfig
+    from jepa_nb.eval_config import DepthConfig, EvalConfig, MeasureConfig, RankConfig
     from jepa_nb.recipes import EVAL_ALIASES
     name = e.option_name.lstrip('-').replace('-', '_')
     name = EVAL_ALIASES.get(name, name)
@@ -418,6 +420,8 @@ def explain_option(e:click.NoSuchOption)->str:
         return f"{e.option_name}: is a setting, depth.{name}=VALUE"
     if verb == 'ranks' and name in RankConfig.__dataclass_fields__:
         return f"{e.option_name}: is a setting, ranks.{name}=VALUE"
+    if verb == 'measure' and name in MeasureConfig.__dataclass_fields__:
+        return f"{e.option_name}: is a setting, measures.{name}=VALUE"
     if verb in ('eval', 'ranks') and name in EvalConfig.__dataclass_fields__:
         return f"{e.option_name}: is a setting, eval.{name}=VALUE"
     return e.format_message()

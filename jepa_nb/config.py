@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Int', 'Real', 'Count', 'Whole', 'Positive', 'NonNeg', 'AtLeast1', 'Seed', 'Fraction', 'Share', 'Beta', 'Shares',
-           'Range', 'Text', 'Norm', 'STRICT', 'AUTHORS_CODE', 'DataConfig', 'ScaleConfig', 'AugmentConfig',
-           'MaskConfig', 'PackConfig', 'EncoderConfig', 'PredictorConfig', 'ObjectiveConfig', 'ConditionConfig',
-           'TeacherConfig', 'OptimConfig', 'RunConfig', 'Config']
+           'Range', 'Text', 'Norm', 'OutNorm', 'LossBeta', 'STRICT', 'AUTHORS_CODE', 'DataConfig', 'ScaleConfig',
+           'AugmentConfig', 'MaskConfig', 'PackConfig', 'EncoderConfig', 'PredictorConfig', 'ObjectiveConfig',
+           'ConditionConfig', 'TeacherConfig', 'OptimConfig', 'RunConfig', 'Config']
 
 # %% ../nbs/00_config.ipynb #ae15261e
 from dataclasses import field, fields
@@ -39,6 +39,13 @@ Shares   = tuple[Share, Share]                   # smallest and largest
 Range    = tuple[Positive, Positive]             # smallest and largest
 Text     = Annotated[str, BeforeValidator(_is_text)]
 Norm     = Literal['layernorm', 'layernorm_plain', 'dyntanh', 'dyntanh_affine', 'rmsnorm', 'l2', 'batchnorm', 'none']
+OutNorm  = Literal[Norm, 'layernorm_scaled']     # of the encoder's features
+def _is_loss_beta(v):
+    "Reject what is no positive number and none of the two names."
+    if isinstance(v, str) and v in ('std', 'l2'): return v
+    if isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < float('inf'): return float(v)
+    raise ValueError(f"should be a positive number, std or l2, not {str(v)[:80]!r}")
+LossBeta = Annotated[float|str, BeforeValidator(_is_loss_beta)]
 STRICT   = dict(extra='forbid')
 
 # %% ../nbs/00_config.ipynb #75a38fdd
@@ -153,7 +160,8 @@ class EncoderConfig:
     expert_init:Literal['fan_in', 'released']='fan_in' # released: fan-in taken as out*in; weights 20-40 times too small
     capacity_padding:bool=False   # True (FN's code): padding slots count in the experts' capacity and thresholds
     norm_block:Norm='layernorm'   # before attention and MLP
-    norm_out:Norm='layernorm'     # on the features: the subject of FN
+    norm_out:OutNorm='layernorm'  # on the features: the subject of FN
+    norm_scale:Positive=.3        # layernorm_scaled: the number that multiplies a LayerNorm without parameters
     gelu:Literal['tanh', 'exact']='tanh' # tanh: FN; exact: IJ, 1.8-3x faster on a CPU
     # rope: rotation in every block (FN); sincos: a fixed embedding, added to the patches (IJ); table: a learned one
     position:Literal['rope', 'sincos', 'table']='rope'
@@ -206,6 +214,13 @@ class ObjectiveConfig:
     drop:Literal['image', 'row']='image'
     slot_margin:AtLeast1=1.5 # drop=image: slots per predictor row as a multiple of the expected number of kept tokens
     target_norm:Literal['none', 'layernorm']='none' # a second norm on the targets, without parameters
+    # error at which smooth L1 turns from quadratic to linear (FN, IJ: 1). std: the standard deviation of the batch's
+    # target features, see `target_std`; l2: half the squared error everywhere
+    beta:LossBeta=1.
+    # weights of the tokens in the loss. energy: the L2 norm of the teacher's token before its output norm, to the power
+    # weight_gamma; shuffled: the same weights, permuted at random among the scored tokens (a control)
+    token_weight:Literal['none', 'energy', 'shuffled']='none'
+    weight_gamma:Annotated[NonNeg, Field(le=8)]=1.
     # diffmoe: how the teacher selects experts; FN's code: training
     teacher_routing:Literal['inference', 'training']='inference'
 
@@ -339,6 +354,16 @@ def _check_encoder(cfg):
             raise ValueError(f"run.checkpointing: computing twice would move the {name}'s running statistics twice "
                              "(mlp=diffmoe, norm_block=batchnorm)")
 
+def _check_features(cfg):
+    "Reject settings of a norm or of token weights that are not in use."
+    e, o = cfg.encoder, cfg.objective
+    if e.norm_scale != EncoderConfig.norm_scale and e.norm_out != 'layernorm_scaled':
+        raise ValueError(f"encoder.norm_scale {e.norm_scale}: encoder.norm_out={e.norm_out} has no such factor; "
+                         "encoder.norm_out=layernorm_scaled has one")
+    if o.weight_gamma != ObjectiveConfig.weight_gamma and o.token_weight == 'none':
+        raise ValueError(f"objective.weight_gamma {o.weight_gamma}: all tokens have one weight while "
+                         "objective.token_weight is none; objective.token_weight=energy uses it")
+
 def _check_window_slots(cfg):
     "Reject slots that are no whole number of windows."
     if not cfg.pack.static:
@@ -387,6 +412,7 @@ class Config:
         _check_masks(self)
         _check_condition(self)
         _check_encoder(self)
+        _check_features(self)
         if self.masks.kind == 'multiblock': _check_block_slots(self)
         else: _check_window_slots(self)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEPTH_AUTHORS_CODE', 'ProbeProtocol', 'PROTOCOL_DEFAULTS', 'Pooling', 'Cuts', 'Side', 'DepthConfig', 'EvalConfig',
-           'SetConfig', 'RankConfig']
+           'SetConfig', 'RankConfig', 'MeasureConfig']
 
 # %% ../nbs/01_eval_config.ipynb #653c2346
 import re
@@ -166,3 +166,12 @@ class RankConfig:
     lidar_images:Annotated[Count, Field(ge=2)]=1000  # of LiDAR
     lidar_views:Annotated[Count, Field(ge=2)]=50     # of each of LiDAR's images
     conditioned:bool=True   # EC: condition the encoders as in training; false: no conditioning tokens
+
+@dataclass(frozen=True, config=STRICT)
+class MeasureConfig:
+    "How many unseen images a run's errors, energies and positions are measured on, see `measures`."
+    images:Annotated[Count, Field(ge=2)]=2000       # for the distribution of errors; all where there are fewer
+    repeats:Count=2         # random sizes and masks of each of them
+    masked_images:Annotated[Count, Field(ge=2)]=500 # for energies and positions, at the largest size
+    masks:Count=12          # random masks of each of those
+    seed:Seed=0             # of the draw of images, of sizes and of masks

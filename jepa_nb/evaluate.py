@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Subject', 'open_subject', 'subject_features', 'TaskFeatures', 'has_fresh_views', 'task_features', 'probe_features',
-           'evaluate', 'describe', 'describe_classes', 'summarise', 'write_answers', 'evaluate_sets',
-           'kept_checkpoints', 'step_of', 'has_part', 'score_checkpoint', 'rank_checkpoints']
+           'further_probes', 'evaluate', 'describe', 'describe_classes', 'summarise', 'answers_per_image',
+           'write_answers', 'evaluate_sets', 'kept_checkpoints', 'step_of', 'has_part', 'score_checkpoint',
+           'rank_checkpoints']
 
 # %% ../nbs/43_evaluate.ipynb #934fac3f
 import io
@@ -35,7 +36,7 @@ from .metrics import check_scores, lidar_config, rank_scores
 from .model import interpolate_pos_embed
 from .probes import dense_classes, knn, linear_probe, raw_pixels
 from .recipes import untrained_fingerprint
-from .result_files import place_result
+from .result_files import add_late, place_result
 from .sources import data_fingerprint, log_summary
 from .stats import bootstrap
 from .tasks import class_name, keep_decoded, make_task, match_classes, run_source
@@ -150,6 +151,18 @@ def probe_features(
     return linear_probe(f.train_x, f.train_y, f.test_x, f.test_y, solver, not cfg.authors_code, cfg.epochs or 50,
                         progress=progress)
 
+def further_probes(
+    f:TaskFeatures,    # of `task_features`, with layers='all': every depth, and the last once more after the norm
+    cfg:EvalConfig,    # resolved
+    device:str,        # of the classifier
+)->tuple[TaskFeatures,dict]: # the same before the norm; 'normed' and 'last4' -> result of `probe_features`
+    "Probe the last depth after the norm, and the last four depths before it side by side (IJ), from the same features."
+    def of(train_x, test_x): return f._replace(train_x=train_x, test_x=test_x)
+    before, after = of(f.train_x[:, :-1], f.test_x[:, :-1]), of(f.train_x[:, -1:], f.test_x[:, -1:])
+    last4 = of(*(x[:, -4:].flatten(1)[:, None] for x in (before.train_x, before.test_x)))
+    return before, {name: probe_features(x, cfg, device) for name, x in dict(normed=after, last4=last4).items()}
+
+
 # %% ../nbs/43_evaluate.ipynb #4fe5b4cb
 def evaluate(
     run,                # a run or checkpoint; a Config: that model before training; 'pixels': no model
@@ -166,19 +179,16 @@ def evaluate(
     cfg = cfg.resolved()
     subject = open_subject(run, cfg, device)
     task = make_task(train, test, cfg)
-    f, normed = task_features(subject, task, cfg, device, progress), None
-    if cfg.layers == 'all' and subject.encoder is not None: # the last depth after the norm is a probe of its own
-        after = f._replace(train_x=f.train_x[:, -1:], test_x=f.test_x[:, -1:])
-        f = f._replace(train_x=f.train_x[:, :-1], test_x=f.test_x[:, :-1])
-        normed = float(probe_features(after, cfg, device)['acc'][0])
+    f, further = task_features(subject, task, cfg, device, progress), {}
+    if cfg.layers == 'all' and subject.encoder is not None: f, further = further_probes(f, cfg, device)
     probe = probe_features(f, cfg, device, progress)
     neighbours = knn(f.train_x[:, :f.test_x.shape[1]], f.train_y, f.test_x, f.test_y)
     about = describe(subject, task, f, cfg, labels, probe)
-    scores = summarise(subject, cfg, probe, neighbours, normed)
+    scores = summarise(subject, cfg, probe, neighbours, further)
     origin = dict(checkpoint=short_path(run) if subject.checkpoint and isinstance(run, (str, Path)) else None,
                   checkpoint_sha256=sha256(weights_file(subject.checkpoint)) if subject.checkpoint else None)
     result = about | scores | origin | dict(seconds=round(time.time()-start, 1))
-    if out is not None: write_answers(out, result, probe['correct'], neighbours, f)
+    if out is not None: write_answers(out, result, answers_per_image(result, probe, neighbours, further), f)
     log_summary(train, test)
     return result
 
@@ -237,33 +247,49 @@ def summarise(
     cfg:EvalConfig,       # resolved
     probe:dict,           # of `probe_features`
     neighbours:np.ndarray,# [D j] bool, which test images k-NN gets right
-    normed:float|None,    # accuracy of the last depth after the output norm
+    further:dict,         # of `further_probes`
 )->dict:
-    "Accuracies at every depth, and of the depth that is quoted."
+    "Accuracies at every depth, at declared depths (`late_depths`), and at the depth that held-out images choose."
     chosen = probe['best_depth_val']
     last = 0 if subject.encoder is None else len(subject.encoder.blocks)
     depths = list(range(last+1)) if cfg.layers == 'all' else [last]
-    return dict(
-        depths=depths, acc=probe['acc'].tolist(), val_acc=probe['val_acc'].tolist(), acc_normed=normed,
+    of = lambda name, key: float(further[name][key][0]) if name in further else None
+    normed = float(probe['acc'][0]) if cfg.layers == 'last' and subject.encoder is not None else of('normed', 'acc')
+    return add_late(dict(
+        layers=cfg.layers, depths=depths, acc=probe['acc'].tolist(), val_acc=probe['val_acc'].tolist(),
+        acc_normed=normed, acc_last4=of('last4', 'acc'), val_acc_last4=of('last4', 'val_acc'),
         chosen_depth=depths[chosen], acc_chosen=probe['acc_at_val_choice'],
         acc_interval=list(bootstrap(probe['correct'][chosen])),
         best_depth_on_test=depths[probe['best_depth_test']], acc_best_on_test=probe['acc_at_test_choice'],
         **{k: probe[k] for k in ('acc_epochs', 'batch', 'lr') if k in probe},
-        knn=neighbours.mean(1).tolist(), knn_chosen=float(neighbours[chosen].mean()), knn_features='standardised')
+        knn=neighbours.mean(1).tolist(), knn_chosen=float(neighbours[chosen].mean()), knn_features='standardised'))
+
+def answers_per_image(
+    result:dict,          # of `evaluate`
+    probe:dict,           # of `probe_features`
+    neighbours:np.ndarray,# [D j] bool, which test images k-NN gets right
+    further:dict,         # of `further_probes`
+)->dict[str,np.ndarray]:
+    "Right or wrong for every test image: by depth, the share of the late depths, and of the further probes."
+    answers = dict(correct=probe['correct'], knn_correct=neighbours)
+    if late := result.get('late_depths'):
+        rows = [result['depths'].index(d) for d in late]
+        answers |= dict(acc_late=answers['correct'][rows].mean(0, dtype=np.float32),
+                        knn_late=neighbours[rows].mean(0, dtype=np.float32))
+    return answers | {f'{name}_correct': p['correct'][0] for name, p in further.items()}
 
 def write_answers(
     out,                  # JSON file
     result:dict,          # of `evaluate`
-    correct:np.ndarray,   # [D j] bool, which test images the classifier gets right
-    neighbours:np.ndarray,# [D j] bool, which k-NN gets right
+    answers:dict,         # of `answers_per_image`
     f:TaskFeatures,       # of `task_features`
 ):
     "Write a result, and the answers per image beside it; the JSON last. Other results stay, see `place_result`."
-    answers = io.BytesIO()
+    content = io.BytesIO()
     labels = np.array(f.class_ids, np.int64)[f.test_y.cpu().numpy()]
-    np.savez_compressed(answers, correct=correct, knn_correct=neighbours, labels=labels, index=f.test_ids.cpu().numpy())
+    np.savez_compressed(content, **answers, labels=labels, index=f.test_ids.cpu().numpy())
     out = place_result(out, result)
-    write_together({out: json.dumps(result, indent=1)+'\n', out.with_suffix('.npz'): answers.getvalue()})
+    write_together({out: json.dumps(result, indent=1)+'\n', out.with_suffix('.npz'): content.getvalue()})
 
 
 # %% ../nbs/43_evaluate.ipynb #9608e31c
@@ -364,8 +390,8 @@ def rank_checkpoints(
         p = evaluate(folder or recipe, train, test, cfg, out and Path(out).with_name(name), labels, progress)
         low, high = p['acc_interval']
         rows.append(dict(step=step, images=p['images_seen'], acc=p['acc_chosen'], low=low, high=high,
-                         depth=p['chosen_depth'],
-                         knn=p['knn_chosen'], **scores, sha256=p['checkpoint_sha256']))
+                         depth=p['chosen_depth'], knn=p['knn_chosen'], acc_late=p.get('acc_late'),
+                         knn_late=p.get('knn_late'), **scores, sha256=p['checkpoint_sha256']))
     result = dict(
         run=recipe.run.name, norm=recipe.encoder.norm_out, seed=recipe.run.seed, tier=(labels or {}).get('tier'),
         data=short_path(train.name), test=short_path((test or train).name), n_train=p['n_train'], n_test=p['n_test'],

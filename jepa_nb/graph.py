@@ -19,8 +19,8 @@ from pathlib import Path
 
 from .recipes import eval_overrides, load_config, make_depth, untrained_fingerprint, yaml_word
 from jepa_nb.tiers import (
-    DEPTH_OPTIONS, EVAL_KEYS, as_overrides, missing_path, pooling_conditions, pooling_evals, rank_settings, run_eval,
-    run_sets, scenes_folder, with_seed,
+    DEPTH_OPTIONS, EVAL_KEYS, as_overrides, figure_notebooks, measure_settings, missing_path, pooling_conditions,
+    pooling_evals, rank_settings, run_eval, run_sets, scenes_folder, with_seed,
 )
 
 # %% ../nbs/71_graph.ipynb #d956f42b
@@ -100,6 +100,9 @@ READS = dict( # what a figure reads of its runs beside the weights; the others r
     ec_table3_ood=['probes', 'baselines', 'sets', 'untrained_sets', 'pixel_sets'],
     ec_fig3_sample_efficiency=['ranks', 'probes', 'baselines'],
     ec_fig4_pooling=['pools', 'probes', 'baselines'],
+    beyond_norm_or_beta=['measures', 'probes', 'baselines'],
+    beyond_conditioning_or_tokens=['measures', 'probes', 'baselines'],
+    beyond_energy_weights=['measures', 'probes', 'baselines'],
 )
 
 def as_flow(
@@ -193,8 +196,13 @@ class RunFiles:
 class ResultFiles(RunFiles):
     "The files of results."
     def weights(self, runs)->list[str]:
-        "Trained runs: their last word or, committed, their weights."
-        return [f+('/model.safetensors' if self.committed else '/done.json') for r in runs for f in self.folders(r)]
+        "Trained runs: their last word or, committed, their weights, but of runs whose results alone are."
+        last = lambda r: '/done.json' if not self.committed or self.keeps_results(r) else '/model.safetensors'
+        return [f+last(r) for r in runs for f in self.folders(r)]
+
+    def keeps_results(self, run:str)->bool:
+        "Whether the results of a run are committed without its weights."
+        return self.all_runs[run].get('export') == 'results'
 
     def run_file(self, wildcards, name:str)->str:
         "A file of results in the folder of the run that the wildcards `run` and `seed` name."
@@ -207,6 +215,10 @@ class ResultFiles(RunFiles):
     def ranks(self, runs)->list[str]:
         "Rank scores of runs."
         return [f'{f}/eval/ranks.json' for r in runs for f in self.folders(r)]
+
+    def measures(self, runs)->list[str]:
+        "Errors, energies and positions of runs."
+        return [f'{f}/eval/measures.json' for r in runs for f in self.folders(r)]
 
     def pools(self, runs)->list[str]:
         "Probes under every pooling, of the one run that `pooling` names."
@@ -269,7 +281,8 @@ class ResultFiles(RunFiles):
         "All results of the tier."
         if self.committed: return []
         kinds = ('probes', 'baselines', 'heads', 'untrained_heads', 'sets', 'untrained_sets', 'pixel_sets', 'pools')
-        return self.weights(self.all_runs) + [f for kind in kinds for f in getattr(self, kind)(self.probed)]
+        found = self.weights(self.all_runs) + [f for kind in kinds for f in getattr(self, kind)(self.probed)]
+        return found + self.measures(self.runs_read('measures'))
 
 # %% ../nbs/71_graph.ipynb #e2718625
 class JobWords(ResultFiles):
@@ -294,6 +307,10 @@ class JobWords(ResultFiles):
         "The words of the rank scores of a run."
         scores, cfg = rank_settings(self.tier)
         return self._images_and(*eval_overrides(scores, 'ranks.'), *eval_overrides(cfg))
+
+    def measure_words(self)->str:
+        "The words of the measures of a run."
+        return self._images_and(*eval_overrides(measure_settings(self.tier), 'measures.'))
 
     def set_words(self, run:str|None)->str:
         "The words of the evaluation of a run on the other data sets; None: of raw pixels."
@@ -348,7 +365,16 @@ class FigureFiles(JobWords):
 
     def figure_code(self, figure:str)->str:
         "A checksum of the code that a figure's notebook imports."
-        return code_fingerprint(notebook_modules(f'nbs/figures/{figure}.ipynb'))
+        return code_fingerprint(notebook_modules(self.notebook(figure)))
+
+    def notebook(self, figure:str)->str:
+        "The notebook of a figure."
+        return figure_notebooks().get(figure, Path('nbs/figures')/f'{figure}.ipynb').as_posix()
+
+    def runs_read(self, kind:str)->list[str]:
+        "The runs of which a figure reads results of a kind, such as `ranks` or `measures`."
+        figures = [f for f in self.tier['figures'] if kind in READS.get(f, ())]
+        return sorted({r for f in figures for r in self.figure_runs(f)})
 
 # %% ../nbs/71_graph.ipynb #9834f428
 class CommittedFiles(FigureFiles):
@@ -356,11 +382,6 @@ class CommittedFiles(FigureFiles):
     def committed_runs(self)->list[str]:
         "The runs that are committed."
         return [r for r in self.probed if self.all_runs[r].get('export', True)]
-
-    def ranked_runs(self)->list[str]:
-        "The runs whose rank scores a figure reads."
-        figures = [f for f in self.tier['figures'] if 'ranks' in READS.get(f, ())]
-        return sorted({r for f in figures for r in self.figure_runs(f)})
 
     def committed_results(self, run:str, seed)->list[str]:
         "The results of one run that are committed beside its weights and its probe."
@@ -380,7 +401,8 @@ class CommittedFiles(FigureFiles):
         "Everything that is committed."
         files = []
         for r in self.committed_runs():
-            names = ['model.safetensors', *(['eval/ranks.json'] if r in self.ranked_runs() else [])]
+            names = ['model.safetensors', *(['eval/ranks.json'] if r in self.runs_read('ranks') else [])]
+            if self.keeps_results(r): names = ['done.json']
             files += [f'{self.figures_folder}/checkpoints/{r}/seed{k}/{n}' for k in self.seeds[r] for n in names]
         return files + [self.committed_path(f) for f in self.committed_baselines()]
 

@@ -4,20 +4,25 @@
 
 # %% auto #0
 __all__ = ['gather_tokens', 'order_in_image', 'keep_windows', 'PredictorRows', 'repeat_and_drop', 'one_row_per_block',
-           'Prediction', 'Output', 'JEPA', 'encode_context', 'encode_targets', 'make_predictor_rows', 'predict',
-           'jepa_loss', 'ema_']
+           'Prediction', 'Output', 'JEPA', 'encode_context', 'encode_targets', 'encode_targets_and_energy',
+           'make_predictor_rows', 'predict', 'target_std', 'channel_loss', 'energy_weights', 'shuffle_scored',
+           'loss_terms', 'jepa_loss', 'ema_']
 
 # %% ../nbs/30_jepa.ipynb #78f50a9d
+import math
 from copy import deepcopy
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .conditioning import Conditioner, row_uniforms
-from .config import Config
+from .config import Config, ObjectiveConfig
+from .layers import apply_norm
 from .model import Encoder, Predictor
+from .norms import energy
 from .packing import Pack
 from .patches import Tokens
 
@@ -124,12 +129,13 @@ class Prediction(NamedTuple):
     pos:Tensor       # [m 2] in patches
     sample:Tensor    # [m] image in the batch, -1 padding
     flat_index:Tensor      # [m] predictor row * t + target slot
-    aux:dict         # moe_loss; rows: `PredictorRows`; kept_context, kept_target: its fit_share; shape [2] (kb, t)
+    aux:dict         # moe_loss; rows: `PredictorRows`; kept_context, kept_target: its fit_share; shape [2] (kb, t);
+                     # beta and weight: see `loss_terms`
 
 class Output(NamedTuple):
     "What a training step returns."
     loss:Tensor       # [] what is minimised
-    token_loss:Tensor # [kb t] mean over channels, 0 where not scored
+    token_loss:Tensor # [kb t] mean over channels, without token weights, 0 where not scored
     is_scored:Tensor  # [kb t] bool
     aux:dict          # that of `Prediction`; pred_loss, scored; target_features [m d]
 
@@ -200,8 +206,24 @@ def encode_targets(
     g:torch.Generator|None=None, # for condition.kind='shuffled'
 )->Tensor:                       # [b t d]
     "Teacher features at the target slots, conditioned on context positions (EC)."
+    return _at_targets(jepa, pack, jepa.teacher(pack.image, attention, _teacher_conditioning(jepa, pack, g)))
+
+def encode_targets_and_energy(
+    jepa:JEPA, pack:Pack, attention:str='auto', g=None, # see `encode_targets`
+)->tuple[Tensor,Tensor]:         # [b t d] features; [b t] energy of the same tokens before the teacher's output norm
+    "What `encode_targets` returns, and each token's energy, which a norm may take away."
+    conditioning = _teacher_conditioning(jepa, pack, g)
+    hidden, lay, _ = jepa.teacher.forward_blocks(pack.image, attention, conditioning=conditioning)
+    z, e = lay.rows(apply_norm(jepa.teacher.norm, hidden[-1], lay)), lay.rows(energy(hidden[-1]))
+    return _at_targets(jepa, pack, z), gather_tokens(pack.image._replace(x=e), pack.target).x
+
+def _teacher_conditioning(jepa, pack, g):
+    "The teacher's conditioning tokens; None without."
     conditioner = jepa.teacher.conditioner
-    z = jepa.teacher(pack.image, attention, None if conditioner is None else conditioner.tokens_for_teacher(pack, g))
+    return None if conditioner is None else conditioner.tokens_for_teacher(pack, g)
+
+def _at_targets(jepa, pack, z):
+    "The features of whole images at the target slots, normalised once more where configured."
     z = gather_tokens(pack.image._replace(x=z), pack.target).x
     return F.layer_norm(z, z.shape[-1:]) if jepa.cfg.objective.target_norm == 'layernorm' else z
 
@@ -229,7 +251,10 @@ def predict(
     "Predict the teacher's features at the targets from the student's features of the context (IJ §3, FN §3)."
     context, target = gather_tokens(pack.image, pack.context), gather_tokens(pack.image._replace(x=None), pack.target)
     context, z, moe_encoder = encode_context(jepa, pack, context, attention, g)
-    if target_features is None:
+    token_energy = None
+    if target_features is None and jepa.cfg.objective.token_weight != 'none':
+        with torch.no_grad(): target_features, token_energy = encode_targets_and_energy(jepa, pack, attention, g)
+    elif target_features is None:
         with torch.no_grad(): target_features = encode_targets(jepa, pack, attention, g)
     rows = predictor_rows or make_predictor_rows(jepa, context.sample, target.sample, g)
     def gather_inputs(t, ids): return gather_tokens(Tokens(None, t.pos[rows.row], t.sample[rows.row]), ids)
@@ -247,15 +272,80 @@ def predict(
     moe = [loss for loss in (moe_encoder, moe_predictor) if loss is not None]
     aux = dict(moe_loss=sum(moe) if moe else None, kept_context=rows.fit_share[0], kept_target=rows.fit_share[1],
                rows=rows, shape=tuple(t.sample.shape))
-    return Prediction(pred, target_features.flatten(0, 1)[flat_target_index], sample >= 0, pos, sample, flat_index, aux)
+    z = target_features.flatten(0, 1)[flat_target_index]
+    p = Prediction(pred, z, sample >= 0, pos, sample, flat_index, aux)
+    if token_energy is not None: token_energy = token_energy.flatten()[flat_target_index]
+    return p._replace(aux=aux | loss_terms(jepa.cfg.objective, p, token_energy, g))
+
+# %% ../nbs/30_jepa.ipynb #ec456602
+def _sum_over_processes(x):
+    "The sum over all processes, in place; the same number in a run of one process."
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1: dist.all_reduce(x)
+    return x
+
+def target_std(
+    target:Tensor,    # [m d] target features
+    is_scored:Tensor, # [m] bool; the others do not count
+)->Tensor:            # [], at least 1e-6
+    "Root of the variance of features around each channel's mean, averaged over channels, over all processes."
+    z, is_counted = target.float(), is_scored[:, None]
+    n = _sum_over_processes(is_scored.sum().float()).clamp(min=1)
+    mean = _sum_over_processes(torch.where(is_counted, z, 0.).sum(0))/n
+    var = _sum_over_processes(torch.where(is_counted, z-mean, 0.).square().sum(0))/n
+    return var.mean().sqrt().clamp(min=1e-6)
+
+def channel_loss(
+    pred:Tensor,       # [m d]
+    target:Tensor,     # [m d]
+    beta:float|Tensor=1., # where the loss turns from quadratic to linear; math.inf: half the squared error
+)->Tensor:             # [m d]
+    "Smooth L1 of every token and channel, in float32 (IJ and FN: beta 1)."
+    pred, target = pred.float(), target.float()
+    if isinstance(beta, Tensor): return F.smooth_l1_loss(pred/beta, target/beta, reduction='none')*beta
+    if beta == math.inf: return (pred-target).square()/2
+    return F.smooth_l1_loss(pred, target, reduction='none', beta=beta)
+
+def energy_weights(
+    energy:Tensor,    # [m] of each token
+    is_scored:Tensor, # [m] bool
+    gamma:float=1.,   # power; 0: all weights are 1
+)->Tensor:            # [m], of mean 1 over the scored tokens of all processes, 0 elsewhere
+    "Weights of tokens in the loss: a power of their energy."
+    weight = energy.float().pow(gamma).masked_fill(~is_scored, 0.)
+    total, n = _sum_over_processes(torch.stack((weight.sum(), is_scored.sum().float())))
+    return weight*(n/total.clamp(min=1e-30))
+
+def shuffle_scored(
+    weight:Tensor, # [m], 0 where not scored
+    p:Prediction,  # whose scored tokens exchange their weights
+    g=None,        # randomness, see `row_uniforms`
+)->Tensor:         # [m]
+    "Permute the weights of the scored tokens at random; the permutation is the same for both forms of attention."
+    u = row_uniforms(p.aux['shape'], g, weight.device).flatten()[p.flat_index]
+    in_order = p.flat_index.masked_fill(~p.is_scored, torch.iinfo(torch.long).max).argsort() # scored ones first
+    at_random = u.masked_fill(~p.is_scored, torch.inf).argsort()
+    return weight.scatter(0, at_random, weight[in_order])
+
+@torch.no_grad()
+def loss_terms(
+    cfg:ObjectiveConfig,  # beta, token_weight, weight_gamma
+    p:Prediction,         # target, is_scored, flat_index, shape
+    energy:Tensor|None,   # [m] of the teacher's tokens before their norm; None: no weights
+    g=None,               # randomness of token_weight='shuffled', see `row_uniforms`
+)->dict:                  # beta: a number, or [] of this batch, math.inf for l2; weight: [m] or None
+    "Beta and token weights of a batch, as configured."
+    beta = math.inf if cfg.beta == 'l2' else target_std(p.target, p.is_scored) if cfg.beta == 'std' else cfg.beta
+    if cfg.token_weight == 'none' or energy is None: return dict(beta=beta, weight=None)
+    weight = energy_weights(energy, p.is_scored, cfg.weight_gamma)
+    return dict(beta=beta, weight=shuffle_scored(weight, p, g) if cfg.token_weight == 'shuffled' else weight)
 
 # %% ../nbs/30_jepa.ipynb #9be12a13
 def jepa_loss(p:Prediction)->Output:
-    "Smooth L1 (beta 1), averaged over scored tokens and channels, plus the auxiliary loss of experts (FN eq. 6)."
-    per_token = F.smooth_l1_loss(p.pred.float(), p.target.float(), reduction='none').mean(-1)
+    "Smooth L1, averaged over scored tokens and channels, plus the auxiliary loss of experts (FN eq. 6: beta 1)."
+    per_token = channel_loss(p.pred, p.target, p.aux['beta']).mean(-1)
     per_token = per_token.masked_fill(~p.is_scored, 0.)
-    scored = p.is_scored.sum()
-    pred_loss = per_token.sum()/scored.clamp(min=1)
+    scored, weight = p.is_scored.sum(), p.aux['weight']
+    pred_loss = (per_token if weight is None else per_token*weight).sum()/scored.clamp(min=1)
     loss = pred_loss if p.aux['moe_loss'] is None else pred_loss + p.aux['moe_loss']
     rows, slots = p.aux['shape']
     def to_rows(x): return x.new_zeros(rows*slots).index_copy(0, p.flat_index, x).view(rows, slots)

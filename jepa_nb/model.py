@@ -79,6 +79,7 @@ class Encoder(nn.Module):
         experts:int=16, expert_init:str='fan_in', capacity_padding:bool=False, # see `DiffMoE`
         norm_block:str='layernorm', # in the blocks
         norm_out:str='layernorm',# of the features: FN's subject
+        norm_scale:float=.3,     # norm_out='layernorm_scaled': its factor
         gelu:str='tanh',        # or 'exact'
         position:str='rope',    # or 'sincos', 'table'
         grid:int|None=None,     # position='table': patches per side
@@ -92,7 +93,7 @@ class Encoder(nn.Module):
         self.embed = nn.Linear(3*patch**2, dim)
         new_block = lambda: Block(dim, heads, new_mlp(), norm_block, qk_norm, attn_bias, norm_eps)
         self.blocks = nn.ModuleList(new_block() for _ in range(depth))
-        self.norm = norm(norm_out, dim, norm_eps)
+        self.norm = norm(norm_out, dim, norm_eps, norm_scale)
         self.register_buffer('sincos_table', sincos_table(dim) if position == 'sincos' else None, persistent=False)
         new_table = lambda: nn.Parameter(nn.init.trunc_normal_(torch.empty(grid, grid, dim), std=.02)) # [y x d]
         self.pos_embed = new_table() if position == 'table' else None

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_YAML', 'MAX_VALUES', 'MAX_DEPTH', 'MAX_DIGITS', 'ALIASES', 'EVAL_ALIASES', 'printable', 'shown', 'ConfigError',
            'setting_names', 'SettingsLoader', 'TierLoader', 'parse_yaml', 'read_yaml', 'yaml_word', 'parse_overrides',
-           'rename_settings', 'rename_eval', 'make_eval', 'make_ranks', 'eval_overrides', 'untrained_fingerprint',
-           'make_config', 'make_depth', 'make_set', 'read_recipe', 'load_config', 'save_config', 'check_data']
+           'rename_settings', 'rename_eval', 'make_eval', 'make_ranks', 'make_measures', 'eval_overrides',
+           'untrained_fingerprint', 'make_config', 'make_depth', 'make_set', 'read_recipe', 'load_config',
+           'save_config', 'check_data']
 
 # %% ../nbs/03_recipes.ipynb #20f63e14
 import difflib
@@ -22,7 +23,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from .config import AUTHORS_CODE, Config, DataConfig, RunConfig
-from .eval_config import DEPTH_AUTHORS_CODE, DepthConfig, EvalConfig, RankConfig, SetConfig
+from .eval_config import DEPTH_AUTHORS_CODE, DepthConfig, EvalConfig, MeasureConfig, RankConfig, SetConfig
 from .files import sha256, write_atomic
 
 # %% ../nbs/03_recipes.ipynb #4293441f
@@ -303,6 +304,15 @@ def make_ranks(
     try: return TypeAdapter(RankConfig).validate_python(_merge(d or {}, parse_overrides(overrides)))
     except ValidationError as e: raise ConfigError(_explain(e, where, RankConfig)) from None
 
+def make_measures(
+    d:dict,                # settings of a MeasureConfig
+    overrides=(),          # 'name=value', laid over it
+    where:str='measures.', # what the error puts before a name
+)->MeasureConfig:
+    "Check the settings of measures. Raises ConfigError."
+    try: return TypeAdapter(MeasureConfig).validate_python(_merge(d or {}, parse_overrides(overrides)))
+    except ValidationError as e: raise ConfigError(_explain(e, where, MeasureConfig)) from None
+
 def eval_overrides(
     cfg:EvalConfig,
     prefix:str='eval.',
@@ -318,7 +328,7 @@ def untrained_fingerprint(
 )->str: # 16 hexadecimal digits
     """Return a checksum of an untrained encoder without its output norm: of architecture, conditioning, image size and
     seed. Runs with equal checksums have one baseline."""
-    encoder = {k: v for k, v in asdict(cfg.encoder).items() if k != 'norm_out'}
+    encoder = {k: v for k, v in asdict(cfg.encoder).items() if k not in ('norm_out', 'norm_scale')}
     what = [encoder, asdict(cfg.condition), cfg.scale.max_side, cfg.run.seed]
     return sha256(json.dumps(what, sort_keys=True).encode(), digits=16)
 
@@ -346,7 +356,7 @@ def make_depth(
     try: return TypeAdapter(DepthConfig).validate_python(d)
     except ValidationError as e: raise ConfigError(_explain(e, where, DepthConfig)) from None
 
-_SET_NAME = re.compile(r'(?!probe|ranks|depth|pool-)[a-z0-9][a-z0-9_-]{0,63}')
+_SET_NAME = re.compile(r'(?!probe|ranks|depth|measures|pool-)[a-z0-9][a-z0-9_-]{0,63}')
 
 def make_set(
     name:str,           # of the data set
@@ -356,7 +366,7 @@ def make_set(
     "Check the settings of a data set that runs are evaluated on. Raises ConfigError."
     if not _SET_NAME.fullmatch(str(name)):
         raise ConfigError(f"{where}{printable(name, 80)}: not a name for a data set; up to 64 small letters, digits, - "
-                          "and _ would do, but probe, ranks, depth and pool- begin the names of other files")
+                          "and _ would do, but probe, ranks, depth, measures and pool- begin the names of other files")
     if not isinstance(d, dict):
         raise ConfigError(f"{where}{name}: should be a mapping of settings, such as target: count, not {shown(d)}")
     try: return TypeAdapter(SetConfig).validate_python(rename_eval(d))

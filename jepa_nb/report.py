@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REPORTED_TIERS', 'RULE_ERRORS', 'ROWS_SHOWN', 'ReportError', 'Notes', 'try_json', 'try_csv', 'tiers_of',
-           'figures_origin', 'ComparisonText', 'Standing', 'number_text', 'comparison_text', 'unreadable_standing',
-           'claim_standing', 'claim_page', 'ledger_pages', 'FigureAtTier', 'answers_of', 'json_text', 'provenance_of',
-           'read_figure_at_tier']
+           'figures_origin', 'ComparisonText', 'Standing', 'number_text', 'comparison_text', 'not_asked',
+           'unreadable_standing', 'claim_standing', 'claim_page', 'ledger_pages', 'FigureAtTier', 'answers_of',
+           'json_text', 'provenance_of', 'read_figure_at_tier']
 
 # %% ../nbs/77_report.ipynb #eaf6a4e1
 import csv
@@ -20,7 +20,7 @@ from jepa_nb.claims import (
 )
 from .figure_files import stale_reasons, weights_state
 from .files import read_json
-from .ledger import CLAIMS, repeats_text, rule, runs_of, what_decides
+from .ledger import CLAIMS, claims_at, repeats_text, rule, runs_of, what_decides
 from .recipes import printable
 from .stats import UNTESTED, VERDICTS
 
@@ -72,7 +72,8 @@ def try_csv(
     return rows if rows else notes.add(path, 'has no rows') or []
 
 # %% ../nbs/77_report.ipynb #df838b4b
-REPORTED_TIERS = ('quick', 'small', 'medium', 'paper') # in the order of the pages; smoke learns nothing and is left out
+# in the order of the pages; smoke learns nothing and is left out
+REPORTED_TIERS = ('quick', 'small', 'medium', 'beyond', 'paper')
 
 def tiers_of(root:Path)->list[str]:
     "The tiers that have figures."
@@ -124,6 +125,14 @@ def comparison_text(
 
 # %% ../nbs/77_report.ipynb #e0aa0cb2
 RULE_ERRORS = (KeyError, ValueError, TypeError, ArithmeticError, IndexError, AttributeError) # of a CSV edited by hand
+
+def not_asked(
+    claim:Claim, # that this tier is not about, see `claims_at`
+    tier:str,    # e.g. 'small'
+)->Standing:     # without a verdict
+    "A claim at a tier that has no such experiment."
+    empty = lambda parts: [ComparisonText('', '', '') for _ in parts]
+    return Standing(tier, '', '', empty(claim.parts), empty(claim.reported_only), '', '', '', '')
 
 def unreadable_standing(
     claim:Claim,       # whose rule failed
@@ -186,8 +195,12 @@ def ledger_pages(
         tables[t] = Tables({p.stem:rows for p in files if (rows := try_csv(p, notes))})
         committed = root/'figures'/t/'claims.csv'
         ledgers[t] = {r.get('number'):r for r in try_csv(committed, notes)} if committed.is_file() else {}
-    standing = lambda c, t: claim_standing(c, t, tables[t], root/'figures'/t, ledgers[t], notes)
-    return [claim_page(c, [standing(c, t) for t in tiers]) for c in CLAIMS]
+    asked = {t: {c.number for c in claims_at(tables[t])} for t in tiers}
+    def standing(c, t):
+        if c.number not in asked[t]: return not_asked(c, t)
+        return claim_standing(c, t, tables[t], root/'figures'/t, ledgers[t], notes)
+    there = [c for c in CLAIMS if any(c.number in a for a in asked.values()) or c.paper != 'ours']
+    return [claim_page(c, [standing(c, t) for t in tiers]) for c in there]
 
 # %% ../nbs/77_report.ipynb #12272070
 ROWS_SHOWN = 60 # rows of a CSV on a page

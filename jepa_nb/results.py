@@ -18,7 +18,7 @@ import numpy as np
 
 from .figure_files import COMMITTED, tier_of
 from .files import RunError, check_writable, repo_path, repo_root, short_path, weights_file, writing
-from .result_files import free_name, late_depths
+from .result_files import add_late, free_name, late_depths
 from .sources import data_fingerprint, size_fingerprint
 
 # %% ../nbs/44_results.ipynb #6888aca5
@@ -86,7 +86,7 @@ def read_probe(
     "The result of `evaluate` for a run. Raises RunError where there is none."
     path = repo_path(path)
     for p in ((path,) if path.is_file() else (path/'eval'/f'{name}.json', path/f'{name}.json')):
-        if p.is_file(): return json.loads(p.read_text())
+        if p.is_file(): return add_late(json.loads(p.read_text()))
     raise RunError(f"{short_path(path)}: not evaluated{'' if name == 'probe' else f' on {name}'}; `jepa_nb eval "
                    f"{short_path(path)}` does it")
 

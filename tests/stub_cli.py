@@ -40,7 +40,7 @@ elif verb == 'eval':
     for name in names:
         path = Path(given['--out'].replace('{set}', name).replace('{condition}', name))
         path.write_text(json.dumps(FOUND | dict(words=' '.join(words))))
-elif verb in ('depth', 'ranks'):
+elif verb in ('depth', 'ranks', 'measure'):
     out = Path(given['--out'])
     out.parent.mkdir(parents=True, exist_ok=True)
     for s in ('.json', '.safetensors') if verb == 'depth' else ('.json',):

@@ -95,7 +95,7 @@ def test_refusal(words, code, names, tmp_path):
     assert not (tmp_path/'run'/'checkpoints').exists()
 
 
-@pytest.mark.parametrize('words', ([], ['train'], ['eval'], ['depth'], ['ranks'], ['figure'], ['data'],
+@pytest.mark.parametrize('words', ([], ['train'], ['eval'], ['depth'], ['ranks'], ['measure'], ['figure'], ['data'],
                                    ['data', 'scenes'], ['convert'], ['reproduce']), ids=' '.join)
 def test_help(words):
     r = jepa_nb(*words, '--help')

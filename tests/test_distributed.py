@@ -55,9 +55,9 @@ CROPS = ('scale.kind=crop', 'masks.kind=multiblock', 'masks.mask_group=4', 'pack
 
 @pytest.mark.parametrize('world, words', [
     (2, ('run.accumulate=2', *FN)), (4, (*FN, 'objective.drop=row', 'objective.slot_margin=1')),
-    (2, ('run.accumulate=2', *BLOCKS)),
+    (2, ('run.accumulate=2', *BLOCKS, 'objective.beta=std', 'objective.token_weight=energy')),
     (4, (*CROPS, 'condition.kind=shuffled', 'condition.passes=each'))],
-    ids=['fn', 'fn-row-four', 'blocks', 'shuffled-four'])
+    ids=['fn', 'fn-row-four', 'blocks-std-energy', 'shuffled-four'])
 def test_several_are_one(tmp_path, world, words):
     # on processors that multiply in bfloat16 the order of rows shows otherwise
     cfg = make_config(TINY, ['run.matmul=highest', *words])

@@ -19,12 +19,13 @@ from jepa_nb.figure_files import is_stale, stale_figures
 from jepa_nb.files import sha256, weights_file
 from jepa_nb.launch import edited_figures, print_stale_figures
 from jepa_nb.ledger import CLAIMS
+from jepa_nb.tiers import figure_notebooks
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'workflow'))
 from execute_figures import execute  # noqa: E402
 
-NOTEBOOKS = sorted((ROOT/'nbs'/'figures').glob('*.ipynb'))
+NOTEBOOKS = sorted(figure_notebooks(ROOT).values())
 TIERS = sorted((ROOT/'params').glob('*.yaml'))
 by_name = dict(argvalues=NOTEBOOKS, ids=lambda p: p.stem)
 
@@ -82,7 +83,7 @@ def test_tiers_name_figures_and_parameters_that_exist(path):
     tier = yaml.safe_load(path.read_text())
     assert tier['tier'] == path.stem
     for stem, figure in tier.get('figures', {}).items():
-        notebook = ROOT/'nbs'/'figures'/f'{stem}.ipynb'
+        notebook = figure_notebooks(ROOT).get(stem, ROOT)
         assert notebook.is_file(), f"{path.name}: there is no figure {stem}"
         unknown = {*figure.get('runs', {}), *figure.get('params', {})} - parameters(notebook)
         assert not unknown, f"{path.name}: {stem} has no parameter {unknown}"
@@ -92,7 +93,7 @@ def test_a_committed_figure_is_whole_and_traceable(path):
     about = json.loads(path.with_suffix('.json').read_text())
     assert path.with_suffix('.csv').is_file()
     assert about['figure'] == path.stem and about['tier'] == path.parent.name
-    assert set(about['parameters']) <= parameters(ROOT/'nbs'/'figures'/f'{path.stem}.ipynb')
+    assert set(about['parameters']) <= parameters(figure_notebooks(ROOT)[path.stem])
     for name in about['parameters'].values(): assert not str(name).startswith('/'), "a path of this machine"
     assert not is_stale(path.with_suffix('')), "its CSV or PNG was changed after its JSON was written"
     assert about['machine']['cores'] is None or about['machine']['cores'] > 0

@@ -261,6 +261,39 @@ def test_poolings(tmp_path):
     assert plan(folder) == dict(pool=2, figure=1)
 
 
+def test_measures_of_an_experiment(tmp_path):
+    """A run that a figure of nbs/beyond reads is measured; a changed number of images measures again, and nothing else.
+    Of a run with export: results everything but its weights is committed."""
+    runs = RUN | dict(fn_tanh=RUN['fn_tanh'] | dict(export='results'))
+    fig = dict(beyond_norm_or_beta=dict(runs=dict(cells=['fn_tanh'])))
+    tier = TIER | dict(runs=runs, measures=dict(images=20), figures=TIER['figures'] | fig)
+    folder = clone(tmp_path/'tree', tier)
+    (folder/'nbs/beyond').mkdir()
+    (folder/'nbs/beyond/beyond_norm_or_beta.ipynb').write_text(NOTEBOOK.replace('ln = None', 'cells = None'))
+    r = make(folder, 'reproduce')
+    assert r.returncode == 0, r.stdout+r.stderr
+    assert plan(folder) == {}
+    home = folder/'runs/tiny'
+    assert sorted(p.parents[2].name for p in home.glob('*/*/eval/measures.json')) == ['fn_tanh', 'fn_tanh']
+    said = (home/'fn_tanh/seed1/eval/measures.json').read_text()
+    assert 'measures.images=20' in said and '--test runs/tiny/data/scenes/test-*.tar' in said
+    assert json.loads((folder/'figures/tiny/beyond_norm_or_beta.json').read_text())['words'][1:4] == [
+        '-p', 'cells', '[runs/tiny/fn_tanh/seed0, runs/tiny/fn_tanh/seed1]']
+    changed(**tier | dict(measures=dict(images=30)))(folder)
+    assert plan(folder) == dict(measure=2, figure=1)
+    edited('jepa_nb/measures.py', lambda s: s+'x = 1\n')(folder)
+    changed(**tier)(folder)
+    assert plan(folder) == dict(measure=2, figure=1)
+    for seed in (0, 1): (home/f'fn_tanh/seed{seed}/config.yaml').write_text('{}')
+    files = [f'figures/tiny/checkpoints/fn_tanh/seed{k}/done.json' for k in (0, 1)]
+    r = subprocess.run([sys.executable, '-m', 'snakemake', '--configfile', 'params/tiny.yaml', '--cores', '1', *files],
+                       cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+    assert r.returncode == 0, r.stdout+r.stderr
+    there = folder/'figures/tiny/checkpoints/fn_tanh/seed1'
+    assert sorted(p.name for p in there.rglob('*') if p.is_file()) == ['config.yaml', 'done.json', 'measures.json',
+                                                                       'probe.json']
+
+
 @pytest.mark.parametrize('pooling, said', [
     (dict(grid=[[4, 4]]), 'has no run'), (dict(run='fn_tnah', grid=[[4, 4]]), 'did you mean fn_tanh?'),
     (dict(run='fn_tanh', grid=[[2, 4], [4, 4]]), 'the stride no larger'),

@@ -14,6 +14,7 @@ import nbformat
 from nbclient import NotebookClient
 
 from jepa_nb.cli import private_kernel
+from jepa_nb.tiers import figure_notebooks
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,12 +36,12 @@ def execute(
     return nb
 
 def main(stems):
-    folder, clean = ROOT/'nbs'/'figures', Path(sys.executable).parent/'nbdev_clean'
-    known = sorted(p.stem for p in folder.glob('*.ipynb'))
+    paths, clean = figure_notebooks(ROOT), Path(sys.executable).parent/'nbdev_clean'
+    known = sorted(paths)
     if unknown := set(stems)-set(known): sys.exit(f"{min(unknown)}: no such figure; there are {', '.join(known)}")
     os.environ.setdefault('DATA', str(ROOT/'data'))
     for stem in stems or known:
-        path = folder/f'{stem}.ipynb'
+        path = paths[stem]
         nb = execute(path)
         for c in nb.cells: # progress bars are left out
             if c.cell_type == 'code': c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']

@@ -13,7 +13,7 @@ from jepa_nb.stats import UNTESTED, VERDICTS
 
 ROOT = Path(__file__).resolve().parent.parent
 # whose figures are committed, and what their runs were trained on
-TIERS = dict(small='CIFAR-10', medium='Tiny ImageNet, 100 classes')
+TIERS = dict(small='CIFAR-10', medium='Tiny ImageNet, 100 classes', beyond='CIFAR-10, ten minutes of a core a run')
 
 
 def ledger_rows(tier):
@@ -183,7 +183,7 @@ BLOCKS = dict(table1=table1, ec=ec, claims=claims, ours=ours,
               resume=sentence('fn_resume', 'Resumed in mid-epoch with the place in the data forgotten,', 13))
 
 FILES = ('README.md', 'RESULTS.md')
-NOTEBOOK = re.compile(r'(\[(\w+)\]\(nbs/figures/\2\.ipynb\))(?: \((?:\[\w+\]\(figures/[^)]*\)(?:, )?)+\))?')
+NOTEBOOK = re.compile(r'(\[(\w+)\]\(nbs/(?:figures|beyond)/\2\.ipynb\))(?: \((?:\[\w+\]\(figures/[^)]*\)(?:, )?)+\))?')
 
 
 def filled(text, name):
