@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLAIMS', 'MANY', 'runs_of', 'repeats_text', 'estimate_text', 'ledger_row', 'figure_claim', 'Rule', 'claimed_side',
            'rule', 'seeds_needed', 'more_seeds', 'missing_needs', 'tier_costs', 'time_text', 'cost_text',
-           'what_decides', 'ledger']
+           'what_decides', 'claims_at', 'ledger']
 
 # %% ../nbs/53_ledger.ipynb #9ced2c43
 import json
@@ -239,6 +239,15 @@ def what_decides(
 
 
 # %% ../nbs/53_ledger.ipynb #f7dee401
+def claims_at(
+    tables:Tables,   # of one tier
+    claims=CLAIMS,   # which claims there are
+)->list[Claim]:
+    "The claims that a tier is about: ours where their table is there, the papers' unless all tables are of ours."
+    ours = {c.figure for c in claims if c.paper == 'ours'}
+    is_ours_alone = bool(tables) and set(tables) <= ours
+    return [c for c in claims if (c.figure in tables if c.paper == 'ours' else not is_ours_alone)]
+
 def ledger(
     folder:str|Path,    # figures/<tier>
     tier:str|None=None, # its name; None: the folder's name
@@ -248,7 +257,7 @@ def ledger(
     folder = Path(folder)
     tables, tier = read_tables(folder), tier or folder.name
     rows = []
-    for c in claims:
+    for c in claims_at(tables, claims):
         results = compare_claim(c, tables)
         row = ledger_row(c, judge(c, tables, results=results), tier=tier, runs=runs_of(folder, c.figure))
         rows.append(row | dict(decides=what_decides(c, tables, results=results, tier=tier)))
