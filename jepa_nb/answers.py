@@ -14,6 +14,7 @@ import numpy as np
 
 from .files import RunError, repo_path, short_path
 from .result_files import add_late
+from .stats import image_error
 
 
 # %% ../nbs/44_answers.ipynb #e34bb426
@@ -65,14 +66,6 @@ def read_answers(
 
 
 # %% ../nbs/44_answers.ipynb #b1da5663
-def _image_error(a, b): # stands in for `image_error` of 04_stats
-    "Standard error over shared test images of the mean of a-b, [seeds images] each."
-    d = np.asarray(a, float)-np.asarray(b, float)
-    n, images = d.shape
-    if n < 2: return float('nan')
-    residual = d-d.mean(1, keepdims=True)-d.mean(0)+d.mean()
-    return float(np.sqrt(max(0., n*d.mean(0).var(ddof=1)-(residual**2).sum()/((n-1)*(images-1)))/(n*images)))
-
 def check_same_images(
     answers:list[Answers], # of evaluations
 ):
@@ -121,7 +114,7 @@ def paired_columns(
         scores = {k:[read_answers(x[k], m).score for x, m in ((a, one), (b, two))] for k in sorted(a.keys() & b.keys())}
         d = {k:unit*(x-y) for k, (x, y) in scores.items() if None not in (x, y)}
         kept = shared_answers({k:a[k] for k in d}, {k:b[k] for k in d}, one, two)
-        error = float('nan') if kept is None else unit*_image_error(*kept)
+        error = float('nan') if kept is None else unit*image_error(*kept)
         row |= {column:float(np.mean(list(d.values()))) if d else None,
                 f'{column}_by_seed':' '.join(f'{k}:{v:.6g}' for k, v in d.items()) or None,
                 f'{column}_se_images':None if np.isnan(error) else error}

@@ -20,7 +20,7 @@ import numpy as np
 
 from .files import RunError, repo_root as repository, short_path
 from .progress import wrap_text
-from .stats import bootstrap
+from .stats import UNTESTED, VERDICTS, bootstrap
 
 # %% ../nbs/73_findings.ipynb #f733865c
 RUN_PAIRS = dict(FN=dict(LayerNorm='fn_ln', DynTanh='fn_tanh'), EC={'I-JEPA':'ec_ijepa', 'EC-IJEPA':'ec_ec'})
@@ -247,14 +247,15 @@ def ledger_counts(
     tier:str,            # e.g. 'quick'
     root:Path|None=None, # of the repository; None: the one around the current folder
 )->dict[str,int]|None:   # verdict -> claims; None where the tier has no ledger
-    "How many claims hold, fail, are mixed or not tested at a tier."
+    "How many claims of the papers have each verdict at a tier."
     path = Path(root or repository())/'figures'/tier/'claims.csv'
     if not path.is_file(): return None
-    with open(path, newline='') as f: return dict(Counter(r['verdict'] for r in csv.DictReader(f)))
+    with open(path, newline='') as f:
+        return dict(Counter(r['verdict'] for r in csv.DictReader(f) if r.get('paper') != 'ours'))
 
 def ledger_text(tiers, root:Path|None=None)->str:
     "`small: 7 hold, 9 not tested; medium: ...` of the tiers that have a ledger."
-    words = {'holds':'hold', 'fails':'fail', 'mixed':'mixed', 'not tested at this scale':'not tested'}
+    words = dict(zip(VERDICTS, VERDICTS)) | {'holds':'hold', 'fails':'fail', UNTESTED:'not tested'}
     rows = []
     for tier in dict.fromkeys(tiers):
         counts = ledger_counts(tier, root) or {}

@@ -25,14 +25,15 @@ from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
-from .claims import UNTESTED
 from .files import WriteError, repo_root, writing
 from .findings import finding_lines
 from .locks import file_lock
 from jepa_nb.report import (
-    REPORTED_TIERS, VERDICTS, Notes, ReportError, figures_origin, ledger_pages, read_figure_at_tier, tiers_of,
+    REPORTED_TIERS, Notes, ReportError, figures_origin, ledger_pages, read_figure_at_tier, tiers_of,
     try_csv, try_json,
 )
+from .stats import UNTESTED, VERDICTS
+
 
 # %% ../nbs/78_site.ipynb #5b768fac
 def notebook_of(
@@ -159,21 +160,24 @@ def enumerate_names(names:list[str])->str:
     return names[0] if len(names) == 1 else ', '.join(names[:-1])+' and '+names[-1] if names else ''
 
 def ledger_paragraph(claims:list[dict], tiers:list[str])->str:
-    "Which claims hold and fail at which tiers, and how many are mixed or not tested."
+    "Which claims of the papers hold, fail and are absent at which tiers, and how many are open or not tested."
     if not tiers: return 'No tier has figures yet: make reproduce draws the first.'
+    claims = [c for c in claims if c['paper'] != 'ours']
     def with_verdict(word):
         tiers_of_claim = [(c, [s.tier for s in c['tiers'] if s.verdict == word]) for c in claims]
         return [f"“{c['claim']}” ({enumerate_names(ts)})" for c, ts in tiers_of_claim if ts]
     out = [f'Of {len(claims)} claims, judged at tier{"s"*(len(tiers) > 1)} {enumerate_names(tiers)}:']
-    for word, plural in (('holds', 'hold'), ('fails', 'fail')):
+    for word, plural in (('holds', 'hold'), ('fails', 'fail'), ('absent', 'are absent')):
         names = with_verdict(word)
-        out.append(f"{enumerate_names(names)} {plural if len(names) > 1 else word}." if names else f'none {word}.')
+        one = word if word != 'absent' else 'is absent'
+        out.append(f'{enumerate_names(names)} {plural if len(names) > 1 else one}.' if names else f'none {one}.')
     disagree = [c['claim'] for c in claims if {'holds', 'fails'} <= {s.verdict for s in c['tiers']}]
     if disagree: out.append(f'Tiers disagree on {enumerate_names(disagree)}.')
-    mixed = sum(any(s.verdict == 'mixed' for s in c['tiers']) for c in claims)
-    never = sum(all(s.verdict == UNTESTED for s in c['tiers']) for c in claims)
-    out.append(f'{mixed} are mixed at some tier, and {never} could not be tested at any: '
-               'the runs are too small, too few, or miss what the rule asks for.')
+    count = lambda word, which: sum(which(s.verdict == word for s in c['tiers']) for c in claims)
+    excluded = sum(any(s.excluded for s in c['tiers']) for c in claims)
+    out.append(f'{count("inconclusive", any)} are inconclusive and {count("contradictory", any)} contradictory at some '
+               f'tier; of {excluded} the published effect is excluded at some tier. {count(UNTESTED, all)} could not '
+               'be tested at any: the runs are too small, too few, or miss what the rule asks for.')
     return ' '.join(out)
 
 def tier_findings(

@@ -152,9 +152,10 @@ def test_ledger_counts(tree):
     assert ledger_counts('quick', tree) is None and ledger_text(('quick',), tree) == 'no ledger yet'
     (tree/'figures/quick').mkdir(parents=True)
     with open(tree/'figures/quick/claims.csv', 'w', newline='') as f:
-        w = csv.DictWriter(f, ['number', 'claim', 'verdict'])
+        w = csv.DictWriter(f, ['number', 'paper', 'claim', 'verdict'])
         w.writeheader()
-        w.writerows(dict(number=k, claim='a, b\nc', verdict=v)
-                    for k, v in enumerate(['holds', 'mixed', 'holds', 'not tested at this scale']))
-    assert ledger_counts('quick', tree) == {'holds': 2, 'mixed': 1, 'not tested at this scale': 1}
-    assert ledger_text(('quick', 'small', 'quick'), tree) == 'quick: 2 hold, 1 mixed, 1 not tested'
+        w.writerows(dict(number=k, paper='FN', claim='a, b\nc', verdict=v)
+                    for k, v in enumerate(['holds', 'absent', 'holds', 'not tested at this scale']))
+        w.writerow(dict(number=101, paper='ours', claim='a question of our own', verdict='fails'))
+    assert ledger_counts('quick', tree) == {'holds': 2, 'absent': 1, 'not tested at this scale': 1}
+    assert ledger_text(('quick', 'small', 'quick'), tree) == 'quick: 2 hold, 1 absent, 1 not tested'

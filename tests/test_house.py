@@ -189,7 +189,7 @@ class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split('.')[0] in BANNED: raise ImportError(f'{name} is not for the library')
 BANNED = {'nbdev', 'fastcore', 'execnb', 'IPython', 'ipykernel', 'ipywidgets', 'jupyter_client', 'nbformat',
-          'papermill', 'snakemake', 'sklearn', 'pandas', 'seaborn', 'pytest', 'scipy'}
+          'papermill', 'snakemake', 'sklearn', 'pandas', 'seaborn', 'pytest'}
 sys.meta_path.insert(0, Refuse())
 import jepa_nb
 for m in MODULES: importlib.import_module(f'jepa_nb.{m}')

@@ -9,51 +9,96 @@ import sys
 from pathlib import Path
 
 from jepa_nb.figure_files import stale_figures
+from jepa_nb.stats import UNTESTED, VERDICTS
 
 ROOT = Path(__file__).resolve().parent.parent
 # whose figures are committed, and what their runs were trained on
 TIERS = dict(small='CIFAR-10', medium='Tiny ImageNet, 100 classes')
 
 
+def ledger_rows(tier):
+    "The ledger of a tier by number; empty where it is not drawn."
+    path = ROOT/'figures'/tier/'claims.csv'
+    if not path.is_file(): return {}
+    with open(path, newline='') as f: return {int(r['number']): r for r in csv.DictReader(f)}
+
+
+def number(v, digits=2): return f'{float(v):+.{digits}f}'.replace('-', '−')
+
+
+def interval(r, digits=2):
+    "Number and interval of a row of the ledger."
+    low_high = f" [{number(r['low'], digits)}, {number(r['high'], digits)}]" if r['low'] else ''
+    return number(r['ours'], digits)+low_high
+
+
+def judged(r):
+    "The verdict of a row, and whether the published effect is excluded."
+    word = 'not tested' if r['verdict'] == UNTESTED else r['verdict']
+    return f"*{word}*"+(', and the published effect is excluded' if r['excluded'] else '')
+
+
 def found():
-    "What was found, in two sentences."
-    rows = {(t, int(r['number'])): r for t in TIERS for r in csv.DictReader(open(ROOT/'figures'/t/'claims.csv'))}
-    def number(tier, claim, digits=2):
-        r = rows[tier, claim]
-        ours, low, high = (f'{float(r[k]):+.{digits}f}'.replace('-', '−') for k in ('ours', 'low', 'high'))
-        return f'{ours} [{low}, {high}]'
-    paper, costs = float(rows['medium', 5]['paper_value']), rows['medium', 23]
-    return (f"On 40,000 images of Tiny ImageNet, three seeds, a DynTanh in place of the output LayerNorm of I-JEPA "
-            f"keeps the order of token energies "
-            f"that LayerNorm removes, but no gain of a linear probe is found: {number('medium', 5)} points (95 % "
-            f"interval), where the paper reports {paper:+.1f} on ImageNet. Spatial conditioning of the encoders probes "
-            f"{number('medium', 18)} points better there and {number('small', 18)} on CIFAR-10, at one encoder size "
-            f"(the paper claims two, so this is not judged); an update of ViT-L/16 costs "
-            f"{float(costs['ours']):.1f} % more operations, where the paper says {float(costs['paper_value']):.0f} %.")
+    "What was found, in a few sentences: claims 5, 18, 4 and 23, of every tier that has a number."
+    rows = {t: ledger_rows(t) for t in TIERS}
+    def where(n): return [(t, rows[t][n]) for t in reversed(TIERS) if n in rows[t] and rows[t][n]['ours']]
+    def each(n): return '; '.join(f"{interval(r)} on {TIERS[t].split(',')[0]}, {r['seeds']} seeds ({judged(r)})"
+                                  for t, r in where(n))
+    out = []
+    if where(5):
+        out.append("A DynTanh in place of the output LayerNorm of I-JEPA changes a linear probe by this many points "
+                   f"(95 % interval over seeds and test images): {each(5)}; the paper reports "
+                   f"{number(where(5)[0][1]['paper_value'], 1)} on ImageNet.")
+    if where(4): out.append(f"Hill's tail index of its errors differs from LayerNorm's by {each(4)}.")
+    if where(18): out.append(f'Spatial conditioning of the encoders changes a linear probe by {each(18)}.')
+    if where(23):
+        cost = where(23)[0][1]
+        out.append("An update of ViT-L/16 with spatial conditioning costs "
+                   f"{float(cost['ours']):.1f} % more operations, where the paper says "
+                   f"{float(cost['paper_value']):.0f} %.")
+    if not where(5) or not where(18):
+        out.append('Accuracies are to be redrawn by the rules of RESULTS.md before they are judged.')
+    return ' '.join(out)
+
+
+# columns of the tables of accuracies, and how they are called
+MEASURES = dict(acc_late='linear probe, last third of depths', knn_late='k-NN, same depths',
+                acc_last4='linear probe, last four depths', acc='linear probe, depth chosen on held-out images',
+                acc_best_on_test='its maximum over depths on test images', knn='k-NN, depth chosen on held-out images')
+SKILL = dict(gain_acc_z='least gain over the better baseline, linear', gain_knn_z='k-NN')
 
 
 def table1(tier):
     "The pair and its baselines, one line each."
     FIGURES = ROOT/'figures'/tier
     if not (FIGURES/'fn_table1.csv').is_file(): return 'Not drawn yet.'
-    with open(FIGURES/'fn_table1.csv') as f: rows = [r for r in csv.DictReader(f) if r['acc']]
+    with open(FIGURES/'fn_table1.csv') as f:
+        rows = [r for r in csv.DictReader(f) if r['acc'] and r['ours'] != 'difference']
     about = json.loads((FIGURES/'fn_table1.json').read_text())
-    base = max(float(r['acc_max']) for r in rows if r['ours'] in ('random init', 'raw pixels'))
     probe = json.loads((FIGURES/'checkpoints/fn_ln/seed0/eval/probe.json').read_text())
+    names = [(k, v) for k, v in MEASURES.items() if any(r.get(k) for r in rows)]
+    skill = [f'{v}, standard errors' for k, v in SKILL.items() if any(r.get(k) for r in rows)]
     out = [f"{TIERS[tier]}, {probe['n_train']:,} training and {probe['n_test']:,} test images "
-           f"(`{about['notes']['data']}`), accuracy in %, mean over seeds [smallest, largest]; "
-           "the probe is fitted to convergence, its depth chosen on held-out training images:", '',
-           '| features | linear probe | least seed above the better baseline | k-NN | images seen | seeds |',
-           '|---|---|---|---|---|---|']
+           f"(`{about['notes']['data']}`), accuracy in %, mean over seeds [smallest, largest]:", '',
+           f"| features | {' | '.join([v for _, v in names]+skill)} | images seen | seeds |",
+           '|---'*(3+len(names)+len(skill))+'|']
+    def span(r, k):
+        if not r.get(k): return '–'
+        return f"{float(r[k]):.1f}" + (f" [{float(r[k+'_min']):.1f}, {float(r[k+'_max']):.1f}]"
+                                       if int(r['seeds']) > 1 and r.get(k+'_min') else '')
     for r in rows:
-        above = f"{float(r['acc_min'])-base:+.1f}" if r['row'] else '–'
-        span = lambda k: f"{float(r[k]):.1f}" + (f" [{float(r[k+'_min']):.1f}, {float(r[k+'_max']):.1f}]"
-                                                 if int(r['seeds']) > 1 else '')
-        out.append(f"| {r['method']} | {span('acc')} | {above} | {span('knn')} "
+        cells = [span(r, k) for k, _ in names]+[number(r[k], 1) if r.get(k) else '–' for k in list(SKILL)[:len(skill)]]
+        out.append(f"| {r['method']} | {' | '.join(cells)} "
                    f"| {int(float(r['images_seen'] or 0)):,} | {r['seeds']} |")
-    return '\n'.join([*out, '',
-                      f"From LayerNorm to DynTanh: {about['claim']['ours'].split('; ')[0]}; that DynTanh is better: "
-                      f"*{about['claim']['verdict']}*."])
+    return '\n'.join([*out, '', claim_sentence(tier, 5)])
+
+
+def claim_sentence(tier, n):
+    "What the ledger of a tier says on a claim."
+    if n not in (rows := ledger_rows(tier)): return f'Claim {n} is not judged yet.'
+    r = rows[n]
+    why = f" ({r['reason'].split(';')[0]})" if r['verdict'] == UNTESTED else ''
+    return f"Claim {n}: {r['parts'] or r['claim']}; together: {judged(r)}{why}."
 
 
 def ec(tier):
@@ -69,61 +114,73 @@ def ec(tier):
                                                                          source='ours', target='label')
     names = list(dict.fromkeys(r['set'] for r in sets))
     def span(found, column):
-        v = [float(r[column]) for r in found if r[column]]
+        v = [float(r[column]) for r in found if r.get(column)]
         return (f'{sum(v)/len(v):.1f}' + (f' [{min(v):.1f}, {max(v):.1f}]'
                                           if max(v)-min(v) >= .05 else '')) if v else '–'
     first = next(r for r in probe if r['method'] == 'EC-IJEPA')
+    measures = [(k, v) for k, v in MEASURES.items() if any(r.get(k) for r in probe)]
     out = [f"{TIERS[tier]}, {int(first['n_train']):,} training and {int(first['n_test']):,} test images, and other "
            f"sets by the second paper's protocols; accuracy in %, mean over seeds [smallest, largest]:", '',
-           f"| features | linear probe | k-NN | RankMe | LiDAR | {' | '.join(names)} | images seen | seeds |",
-           '|---'*(7+len(names)) + '|']
+           f"| features | {' | '.join(v for _, v in measures)} | RankMe | LiDAR | {' | '.join(names)} | images seen "
+           '| seeds |', '|---'*(5+len(measures)+len(names)) + '|']
     for label, m, before in (('EC-IJEPA', 'EC-IJEPA', ''), ('I-JEPA', 'I-JEPA', ''),
                              ('untrained EC-IJEPA', 'random init', 'EC-IJEPA'),
                              ('untrained I-JEPA', 'random init', 'I-JEPA'), ('raw pixels', 'raw pixels', '')):
-        of = lambda found: [r for r in found if (r['method'], r['of']) == (m, before)]
+        of = lambda found: [r for r in found if (r['method'], r['of']) == (m, before) and r['seed']]
         if not (mine := of(probe)): continue
         n = int(mine[0]['n_train'])
         out.append(f"| {label}{f' ({n:,} training images)' if n != int(first['n_train']) else ''} | "
-                   f"{span(mine, 'acc')} | {span(mine, 'knn')} | {span(of(rank), 'rankme')} | "
+                   f"{' | '.join(span(mine, k) for k, _ in measures)} | {span(of(rank), 'rankme')} | "
                    f"{span(of(rank), 'lidar')} | "
                    + ' | '.join(span([r for r in of(sets) if r['set'] == n], 'acc') for n in names)
                    + f" | {int(float(mine[0]['images_seen'] or 0)):,} | {len({r['seed'] for r in mine})} |")
-    return '\n'.join(out)
+    return '\n'.join([*out, '', claim_sentence(tier, 18)])
+
+
+def ledger_table(rows):
+    "Rows of a ledger: what is compared, the numbers, the verdict, and what would decide what is open."
+    value = lambda v: f'{float(v):+.3g}'.replace('-', '−') if v else '–'
+    def ours(r): return value(r['ours'])+(f" [{value(r['low'])}, {value(r['high'])}]" if r['low'] else '')
+    def said(r):
+        why = r['reason'].split(';')[0] if r['verdict'] == UNTESTED else r['reason']
+        return f"{judged(r)}{f': {why}' if why else ''}"
+    def decides(r): return '–' if r['decides'].startswith('Decided') else r['decides']
+    return ['| claim | compared | paper | ours, 95 % interval | verdict | what would decide it |', '|---'*6+'|',
+            *(f"| {r['number']} · {r['claim']} | {r['metric']} | {value(r['paper_value'])} | {ours(r)} | {said(r)} "
+              f'| {decides(r)} |' for r in rows)]
 
 
 def claims(tier):
-    "The ledger: every claim with a number at this tier, its verdict or why there is none, and how many are of each."
-    FIGURES = ROOT/'figures'/tier
-    if not (FIGURES/'claims.csv').is_file(): return f'The ledger of tier {tier} is drawn by `make figures TIER={tier}`.'
-    with open(FIGURES/'claims.csv') as f: rows = list(csv.DictReader(f))
-    judged = ('holds', 'fails', 'mixed')
-    shown = [r for r in rows if r['verdict'] in judged or r['ours']]
-    count = ', '.join(f"{sum(r['verdict'] == w for r in rows)} {w}"
-                      for w in ('holds', 'fails', 'mixed', 'not tested at this scale'))
-    out = [f'Of {len(rows)} claims at tier {tier}: {count}.']
-    if shown: out += ['', '| claim | compared | paper | ours, 95 % interval | verdict |', '|---|---|---|---|---|']
-    number = lambda v: f'{float(v):+.3g}' if v else '–'
-    out += [f"| {r['number']} · {r['claim']} | {r['metric']} | {number(r['paper_value'])} | {number(r['ours'])} "
-            f"[{number(r['low'])}, {number(r['high'])}] | *{r['verdict']}*"
-            + ('' if r['verdict'] in judged else f": {r['reason'].split(';')[0]}") + ' |' for r in shown]
-    return '\n'.join(out)
+    "The ledger: every claim of the papers, its verdict or why there is none, and how many are of each."
+    rows = [r for r in ledger_rows(tier).values() if r['paper'] != 'ours']
+    if not rows: return f'The ledger of tier {tier} is drawn by `make figures TIER={tier}`.'
+    count = ', '.join(f'{n} {w}' for w in VERDICTS if (n := sum(r['verdict'] == w for r in rows)))
+    return '\n'.join([f'Of {len(rows)} claims at tier {tier}: {count}.', '', *ledger_table(rows)])
 
 
-def sentence(name, before):
-    "What a figure says on its claim, in a sentence."
+def ours(tier):
+    "The questions of our own that a tier has figures for."
+    rows = [r for r in ledger_rows(tier).values()
+            if r['paper'] == 'ours' and (ROOT/'figures'/tier/f"{r['figure']}.csv").is_file()]
+    return '\n'.join(ledger_table(rows)) if rows else f'No question of our own was measured at tier {tier} yet.'
+
+
+def sentence(name, before, n):
+    "What a figure measured, as it says itself, and what the ledger says on its claim: the interval stands there alone."
     def of(tier):
         file = ROOT/'figures'/tier/f'{name}.json'
         if not file.is_file(): return 'Not drawn yet.'
-        claim = json.loads(file.read_text())['claim']
-        return f"{before} {claim['ours'].removesuffix(': '+claim['verdict'])}: *{claim['verdict']}*."
+        measured = json.loads(file.read_text())['claim']['ours'].split('; ')
+        own = [x for x in measured if 'interval' not in x and not re.search(r'\bseeds?\b', x)]
+        return f"{before} {'; '.join(own)}. {claim_sentence(tier, n)}"
     return of
 
 
-BLOCKS = dict(table1=table1, ec=ec, claims=claims,
+BLOCKS = dict(table1=table1, ec=ec, claims=claims, ours=ours,
               depth=sentence('fn_fig11_depth_maps',
-                             'Depth heads on NYU Depth V2, RMSE at the truth\'s own scale, LayerNorm → DynTanh:'),
-              ranks=sentence('fn_fig9_rank_curves', 'Rank scores'),
-              resume=sentence('fn_resume', 'Resumed in mid-epoch with the place in the data forgotten,'))
+                             'Depth heads on NYU Depth V2, RMSE at the truth\'s own scale, LayerNorm → DynTanh:', 6),
+              ranks=sentence('fn_fig9_rank_curves', 'Rank scores', 11),
+              resume=sentence('fn_resume', 'Resumed in mid-epoch with the place in the data forgotten,', 13))
 
 FILES = ('README.md', 'RESULTS.md')
 NOTEBOOK = re.compile(r'(\[(\w+)\]\(nbs/figures/\2\.ipynb\))(?: \((?:\[\w+\]\(figures/[^)]*\)(?:, )?)+\))?')
