@@ -82,12 +82,13 @@ def check_same_images(
 def shared_answers(
     a:dict,       # seed -> JSON of an evaluation
     b:dict,       # the same of the other model
-    measure:str,  # see `read_answers`
-    other:str='', # measure of `b`; '': the same
+    measure,      # see `read_answers`; or one for each seed, as a dict
+    other=None,   # measure of `b`; None: the same
 )->tuple[np.ndarray,np.ndarray]|None: # [s j] each; None where fewer than two images have answers on both sides
     "Answers of the seeds that both models have, on the images that all of these evaluations have."
     seeds = sorted(a.keys() & b.keys())
-    sides = [[read_answers(x[k], m) for k in seeds] for x, m in ((a, measure), (b, other or measure))]
+    sides = [[read_answers(x[k], m if isinstance(m, str) else m[k]) for k in seeds]
+             for x, m in ((a, measure), (b, other or measure))]
     every = sum(sides, [])
     if not seeds or any(x.values is None for x in every): return None
     check_same_images(every)
@@ -102,7 +103,7 @@ def shared_answers(
 def paired_columns(
     a:dict,         # seed -> JSON of an evaluation, or its run folder
     b:dict,         # the same of the other model
-    columns:dict,   # name of a column -> measure, see `read_answers`; or (measure of a, measure of b)
+    columns:dict,   # name of a column -> measure, see `shared_answers`; or (measure of a, measure of b)
     unit:float=100, # 100: percent and points; 1: shares
     name:str='probe', # of the evaluation in a run folder
 )->dict:            # for every column its mean, <column>_by_seed and <column>_se_images; None where not measured
@@ -110,8 +111,9 @@ def paired_columns(
     a, b = ({k:found for k, p in side.items() if (found := find_result(p, name))} for side in (a, b))
     row = {}
     for column, measures in columns.items():
-        one, two = (measures, measures) if isinstance(measures, str) else measures
-        scores = {k:[read_answers(x[k], m).score for x, m in ((a, one), (b, two))] for k in sorted(a.keys() & b.keys())}
+        one, two = measures if isinstance(measures, tuple) else (measures, measures)
+        scores = {k:[read_answers(x[k], m if isinstance(m, str) else m[k]).score for x, m in ((a, one), (b, two))]
+                  for k in sorted(a.keys() & b.keys())}
         d = {k:unit*(x-y) for k, (x, y) in scores.items() if None not in (x, y)}
         kept = shared_answers({k:a[k] for k in d}, {k:b[k] for k in d}, one, two)
         error = float('nan') if kept is None else unit*image_error(*kept)
