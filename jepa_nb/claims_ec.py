@@ -169,11 +169,11 @@ def common_ranges(t:Tables)->list[float]:
     return sorted(lows)
 
 def cost_of_range(method:str)->Callable:
-    "Accuracy lost between the narrowest and the widest range that both methods have, in points."
+    "Accuracy (mean of the last third of depths) lost from the narrowest to the widest common range, in points."
     def values(t):
         wide, *_, narrow = common_ranges(t)
-        d = paired(*(by_seed(t, FIG2, 'acc', method=method, low=low) for low in (narrow, wide)))
-        return Numbers(d, image_part(t, FIG2, 'acc_se_images', needed=False, method=method,
+        d = paired(*(by_seed(t, FIG2, 'acc_late', method=method, low=low) for low in (narrow, wide)))
+        return Numbers(d, image_part(t, FIG2, 'acc_late_se_images', needed=False, method=method,
                                      low=f'{narrow:g} − {wide:g}'))
     return values
 
@@ -181,7 +181,7 @@ def saved_by_conditioning(t:Tables)->Numbers:
     "Points that widening the range costs I-JEPA, minus those that it costs EC-IJEPA."
     wide, *_, narrow = common_ranges(t)
     d = paired(*(cost_of_range(m)(t).by_seed for m in (IJ, EC)))
-    return Numbers(d, sum(image_part(t, FIG2, 'acc_se_images', method=AHEAD, low=low) for low in (wide, narrow)))
+    return Numbers(d, sum(image_part(t, FIG2, 'acc_late_se_images', method=AHEAD, low=low) for low in (wide, narrow)))
 
 def collapse_of_range(method:str)->Callable:
     "Share of RankMe lost between the narrowest and the widest range that both methods have, in percent."
@@ -208,7 +208,7 @@ def by_step(t:Tables, size:int)->dict[int,Numbers]: # step -> points
         n = f'{len(common)} checkpoint{"s"*(len(common) != 1)}'
         raise NotTestable(f'{n} of both methods at size {size}, 2 are needed',
                           f'2 checkpoints or more of both methods with the encoder of size {size}')
-    return {s:methods(stem, 'acc', images=True, size=size, step=s)(t) for s in common}
+    return {s:methods(stem, 'acc_late', images=True, size=size, step=s)(t) for s in common}
 
 def over_training(size:int)->Callable:
     "EC-IJEPA minus I-JEPA, averaged over all checkpoints, in points."

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MIN_SEEDS', 'UNTESTED', 'VERDICTS', 'LOOKS', 'MIN_PAIRS', 'bootstrap', 'bootstrap_weights', 'percentile_intervals',
            'paired', 'image_error', 'Spread', 'spread', 'paired_interval', 'p_value', 'significantly_greater',
-           'verdict', 'holm', 'Look', 'look_at', 'next_seeds', 'rank_average', 'spearman', 'auroc', 'spearman_interval']
+           'verdict', 'holm', 'SeedLook', 'look_at', 'next_seeds', 'rank_average', 'spearman', 'auroc',
+           'spearman_interval']
 
 # %% ../nbs/04_stats.ipynb #bb2a923f
 import math
@@ -160,7 +161,7 @@ def holm(
 # %% ../nbs/04_stats.ipynb #2414ec47
 LOOKS = {3:.005, 5:.015, 8:.03} # paired seeds at a look -> its share of the 5 % of errors
 
-class Look(NamedTuple):
+class SeedLook(NamedTuple):
     "What a look at the seeds so far says."
     verdict:str
     seeds:int     # that are wanted: more than there are, or as many as were looked at
@@ -176,17 +177,17 @@ def next_seeds(
     se_images=0.,   # standard error over shared test images, of `image_error`
     smallest=0.,    # smallest effect of interest
     upper=math.inf, # where the claimed side ends
-)->Look:
+)->SeedLook:
     "The stopping rule: stop, or add seeds up to 5 or 8."
     d = list(dict(sorted(differences.items())).values() if isinstance(differences, dict) else differences)
     at = look_at(len(d))
-    if at is None: return Look(UNTESTED, min(LOOKS), False, f'{len(d)} of the first {min(LOOKS)} seeds')
+    if at is None: return SeedLook(UNTESTED, min(LOOKS), False, f'{len(d)} of the first {min(LOOKS)} seeds')
     interval = paired_interval(d[:at], se_images, 1-LOOKS[at])
     word, ends = verdict(interval, smallest, upper), f'[{interval[0]:+.3g}, {interval[1]:+.3g}]'
     said = f'{word} by the {100*(1-LOOKS[at]):g} % interval of {at} seeds, {ends}'
-    if word != 'inconclusive': return Look(word, at, True, said)
+    if word != 'inconclusive': return SeedLook(word, at, True, said)
     more = next((k for k in LOOKS if k > at), None)
-    return Look(word, more or at, more is None, said+(f'; add seeds up to {more}' if more else '; no further look'))
+    return SeedLook(word, more or at, more is None, said+(f'; add seeds up to {more}' if more else '; no further look'))
 
 
 # %% ../nbs/04_stats.ipynb #85f72e16

@@ -170,13 +170,15 @@ def ec_tier(e, above):
     t['ec_table3_ood'] += [apart(source='ours', set=s, target=a, size=size) for s, a in asked.items()
                            for size in (1, 2)]
     cost = lambda m, low, k: push(k)*(m == IJ and low == .4)
-    t['ec_fig2_context_scale'] = [dict(method=m, seed=k, low=low, high=1, steps=100, acc=level(IJ, k)-5*cost(m, low, k),
+    t['ec_fig2_context_scale'] = [dict(method=m, seed=k, low=low, high=1, steps=100, acc=0,
+                                       acc_late=level(IJ, k)-5*cost(m, low, k),
                                        rankme=(50+k)*(1-.25*cost(m, low, k)), **seen)
                                   for m in (IJ, EC) for k in ks for low in (.85, .4)]
-    t['ec_fig2_context_scale'] += [apart(low=low) for low in (.85, .4)]
-    t['ec_fig3_sample_efficiency'] = [dict(method=m, size=size, seed=k, step=s, acc=level(m, k)+s, **seen)
+    t['ec_fig2_context_scale'] += [apart('acc_late', low=low) for low in (.85, .4)]
+    t['ec_fig3_sample_efficiency'] = [dict(method=m, size=size, seed=k, step=s, acc=0, acc_late=level(m, k)+s, **seen)
                                       for m, size, k in pairs for s in (0, 10, 20)]
-    t['ec_fig3_sample_efficiency'] += [apart(size=size, step=s) for size in (1, 2) for s in (10, 20)]
+    t['ec_fig3_sample_efficiency'] += [apart('acc_late', size=size, step=s) for size in (1, 2)
+                                       for s in (10, 20)]
     t['ec_fig4_pooling'] = [dict(method=EC, pooling=p, seed=k, acc=5000+100*k+5*push(k)*(p == '4x4'), **seen)
                             for p in ('off', '1x1', '2x2', '4x4') for k in ks]
     t['ec_fig4_pooling'] += [apart(pooling=f'4x4 − {p}') | dict(method=EC) for p in ('off', '1x1', '2x2')]
@@ -291,8 +293,8 @@ def one_seed(k, value): return lambda v: ' '.join(f'{k}:{value}' if w.startswith
     (18, 'ec_table1_probe', dict(method=EC, size='2', seed='1', what='probe'), 'acc_late', lambda v: 4000),
     (19, 'ec_table2_rank', dict(source='ours', method=EC, size='1', seed='2'), 'lidar', lambda v: 1),
     (20, 'ec_table3_ood', dict(method=EC, size='2', seed='0', set='birds'), 'acc', lambda v: 4000),
-    (21, 'ec_fig2_context_scale', dict(method=EC, low='0.4', seed='1'), 'acc', lambda v: 4000),
-    (22, 'ec_fig3_sample_efficiency', dict(method=IJ, size='1', step='10', seed='1'), 'acc', lambda v: 6000),
+    (21, 'ec_fig2_context_scale', dict(method=EC, low='0.4', seed='1'), 'acc_late', lambda v: 4000),
+    (22, 'ec_fig3_sample_efficiency', dict(method=IJ, size='1', step='10', seed='1'), 'acc_late', lambda v: 6000),
     (23, 'ec_table1_probe', dict(method=EC, model='ViT-H/14', seed='1', what='flops'), 'step_gflops',
      lambda v: 3*float(v)),
     (24, 'ec_fig4_pooling', dict(pooling='2x2', seed='1'), 'acc', lambda v: 6000),

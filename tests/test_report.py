@@ -136,7 +136,7 @@ def test_what_cannot_be_read_is_said(site):
 def test_stale_figures_say_so(site):
     stem = 'fn_fig1_loss_distribution'
     assert f'{stem}.csv was changed after the figure was drawn' in (site/f'results/{stem}.html').read_text()
-    assert 'This figure is stale' not in (site/'results/ec_table1_probe.html').read_text()
+    assert 'This figure is stale' not in (site/'results/ec_table2_rank.html').read_text()
 
 
 def test_arguments_are_explained(site):
