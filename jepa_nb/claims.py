@@ -8,11 +8,12 @@ __all__ = ['REDRAW', 'METHODS', 'SIZE_OF', 'MIN_SKILL', 'NotTestable', 'Tables',
            'Comparison', 'Estimate', 'part_values', 'estimate', 'combine', 'adjust', 'Facts', 'parse_seeds', 'is_row',
            'table1_row', 'smallest', 'skill_of', 'find_facts', 'facts_of_runs', 'beats_baselines', 'has_grid',
            'same_images', 'Claim', 'Judgement', 'compare', 'compare_claim', 'check_needs', 'published_excluded',
-           'judge']
+           'left_out', 'judge']
 
 # %% ../nbs/50_claims.ipynb #39a69b63
 import csv
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -74,7 +75,7 @@ def select(tables:Tables, stem:str, **where)->list[dict]:
     value = lambda r, k: r.get(k) or r.get('norm') if k == 'features' else r.get(k)
     rows = [r for r in tables[stem] if all(is_cell(value(r, k), v) for k, v in where.items())]
     if not rows:
-        cells = ', '.join(f'{k} {v}' for k, v in where.items())
+        cells = ', '.join(f"{k} {' or '.join(v) if isinstance(v, tuple) else v}" for k, v in where.items())
         raise NotTestable(f"{stem} has no row with {cells}", describe_rows(where))
     return rows
 
@@ -435,9 +436,23 @@ def published_excluded(claim:Claim, first)->str:
     "That a claim's published effect lies outside the interval of its first part, as text; '' where it does not."
     value = resolve(claim.paper_value, published(claim.paper))
     if value is None or not isinstance(first, Estimate) or first.low is None: return ''
+    if first.family > 1: return '' # the worst of several here is not the one that the paper prints
     if first.low <= value <= first.high: return ''
     text = f'{value:.4g}' if claim.parts[0].ratio else f'{value:+.4g}'
     return f'published effect excluded: {text} is outside the {100*first.level:g} % interval'
+
+def left_out(
+    claim:Claim, # that is judged by the parts that could be tested
+    why:dict,    # name of a part that could not -> reason
+)->list[str]:
+    "Which parts, or which sizes of the encoder, a verdict leaves out: `size 2 not tested (...)`."
+    size_of = lambda name: next((m[0] for m in [re.search(r'size \d', name)] if m), '')
+    whole = {s for s in map(size_of, why) if s and all(p.name in why for p in claim.parts if size_of(p.name) == s)}
+    labels = {}
+    for name, reason in why.items():
+        label = size_of(name) if size_of(name) in whole else name
+        labels.setdefault(label, reason.partition('; ')[0])
+    return [f'{label} not tested ({reason})' for label, reason in labels.items()]
 
 def judge(
     claim:Claim,           # to be judged
@@ -451,13 +466,11 @@ def judge(
     words = [r.verdict if isinstance(r, Estimate) else UNTESTED for r in results]
     word = claim.together(words) if claim.together else combine(words, claim.every, claim.partial)
     few = lambda r: f'{len(r.seeds)} of {claim.repeats}, 3 are needed'
-    reasons = [few(r) if isinstance(r, Estimate) else str(r) for r, w in zip(results, words) if w == UNTESTED]
-    if word != UNTESTED and claim.partial: # say what was left out
-        names = [p.name for p, w in zip(claim.parts, words) if w == UNTESTED]
-        reasons = [f'not tested: {n} ({why})' for n, why in zip(names, reasons)]
-    elif word != UNTESTED: reasons = []
+    why = {p.name:few(r) if isinstance(r, Estimate) else str(r)
+           for p, r, w in zip(claim.parts, results, words) if w == UNTESTED}
     scale, failed = check_needs(claim, tables, facts)
-    if failed: word, reasons = UNTESTED, [str(failed), *(r for r in reasons if not r.startswith('not tested: '))]
+    if failed: word, reasons = UNTESTED, [str(failed), *why.values()]
+    else: reasons = list(why.values()) if word == UNTESTED else left_out(claim, why) if claim.partial else []
     reported_only = [r for r in compare(claim.reported_only, tables) if isinstance(r, Estimate)]
     return Judgement(word, '; '.join(dict.fromkeys(reasons)), parts, reported_only, scale,
                      published_excluded(claim, results[0]) if word != UNTESTED else '')

@@ -369,6 +369,7 @@ def convert_command(source, out, **kw):
 @click.argument('more', nargs=-1, metavar='[SNAKEMAKE OPTION]...')
 def reproduce_command(tier, cores, folder, seed, committed, dry, more):
     "Run the graph of a tier: data, runs, evaluations, figures, report. Words after -- go to Snakemake."
+    from jepa_nb.cost import hours_lines, planned_training
     from jepa_nb.launch import edited_figures, graph_environment, print_dry_run, run_graph, snakemake_command
     from jepa_nb.tiers import CliError, check_images, in_clone, read_tier, tier_file
     in_clone()
@@ -386,8 +387,11 @@ def reproduce_command(tier, cores, folder, seed, committed, dry, more):
     command = snakemake_command(tier, cores, seed, committed, more, again)
     if set(more) & set(ASKS): # answers a question and runs nothing
         raise SystemExit(subprocess.call(command, env=graph_environment(folder)))
-    budget = settings.get('seconds', {})
-    if dry: print_dry_run(command, folder, budget, cores, tier)
+    budget, rates = settings.get('seconds', {}), settings.get('rates')
+    if rates: budget |= planned_training(settings, rates)
+    if dry:
+        print_dry_run(command, folder, budget, cores, tier)
+        if rates: click.echo('\n'.join(hours_lines(settings, rates)))
     else: run_graph(tier, folder, seed, cores, command, budget, committed)
 
 @cli.command('report')

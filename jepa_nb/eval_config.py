@@ -104,7 +104,9 @@ class EvalConfig:
     # square: the central square; squash: the whole image, aspect not kept; inner: the inner 7/8 of the central square
     view:Literal['square', 'squash', 'inner']|None=None # None: the protocol's
     augment:Literal['none', 'flip', 'crop']|None=None   # of training images; None: the protocol's
-    crops:Count=4              # augment=crop: random crops of each training image
+    # augment=crop: random crops of each training image. Fewer than epochs: computed once and drawn from in every
+    # epoch; as many as epochs: each epoch has its own, as published, for a pass over the images in each
+    crops:Count=4
     # the class; the number of objects; the nearest object's distance
     target:Literal['label', 'count', 'dist']='label'
     cuts:Cuts='clevr'          # target=dist: the bounds between classes: clevr, scenes, or rising numbers

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'center_square', 'squash', 'resize256_crop224', 'crop_and_flip', 'mirrored', 'training_views', 'load_encoder',
-           'warn_skipped', 'square_batches', 'dataset_features', 'resize_to_patches', 'read_images', 'encode_images']
+           'warn_skipped', 'decoded_images', 'square_batches', 'dataset_features', 'resize_to_patches', 'read_images',
+           'encode_images']
 
 # %% ../nbs/40_frozen.ipynb #93089498
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +108,22 @@ def warn_skipped(reason:str):
     "Report an image that is left out, once."
     tqdm.write(f'WARNING: skipped: {reason}', file=sys.stderr)
 
+def decoded_images(
+    source,      # indexable image dataset, see `open_source`
+    indices,     # which images
+    threads:int, # that read and decode; 1: none beside the caller's
+):               # yields images [H W 3] uint8, in order; for one that cannot be decoded its BadImage
+    "Images of a source, decoded side by side; at most 64 are in memory for each thread."
+    def read(i):
+        try: return source.image(int(i))
+        except BadImage as e: return e
+    if threads == 1:
+        yield from map(read, indices)
+        return
+    indices = iter(indices)
+    with ThreadPoolExecutor(threads) as pool:
+        while chunk := list(islice(indices, 64*threads)): yield from pool.map(read, chunk)
+
 def square_batches(
     source,            # indexable image dataset, see `open_source`
     indices,           # [n] which images
@@ -113,13 +132,15 @@ def square_batches(
     progress=None,     # text of a progress bar; None: none
     view=center_square,# (image, side) -> [side side 3]
 ):                     # yields (positions in `indices`, images [i side side 3])
-    "Images as squares, in batches; an image that cannot be decoded is left out and reported."
+    """Images as squares, in batches; an image that cannot be decoded is left out and reported. Images are decoded in as
+    many threads as torch uses; views are taken in order, since random ones depend on it."""
     positions, images = [], []
-    for k, i in enumerate(tqdm(indices, desc=progress, disable=not progress, mininterval=1)):
-        try: images.append(view(source.image(int(i)), side))
-        except BadImage as e:
-            warn_skipped(str(e))
+    for k, image in enumerate(decoded_images(source, tqdm(indices, desc=progress, disable=not progress, mininterval=1),
+                                             torch.get_num_threads())):
+        if isinstance(image, BadImage):
+            warn_skipped(str(image))
             continue
+        images.append(view(image, side))
         positions.append(k)
         if len(images) == batch:
             yield positions, torch.stack(images)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_GRID', 'rope2d', 'apply_rope', 'sincos_table', 'sincos2d', 'same_sample', 'attend_dense', 'TokenLayout',
-           'token_layout', 'attend', 'Attention', 'TanhGelu', 'MLP', 'apply_norm', 'Block']
+           'varlen_kernel', 'token_layout', 'attend', 'Attention', 'TanhGelu', 'MLP', 'apply_norm', 'Block']
 
 # %% ../nbs/21_layers.ipynb #ad9b2e1c
 import math
@@ -80,30 +80,64 @@ class TokenLayout(NamedTuple):
     "The order of a batch's tokens in memory while they pass through the blocks."
     shape:tuple[int,int]          # rows, slots
     order:Tensor|None             # [n] slot (row*slots + column) of each flat token; None: all slots, in order
-    groups:tuple                  # (images, tokens each), in the order of the flat tokens; () in the dense form
-    attend:Tensor|None            # [b n n] bool; None in the flat form
-    is_real:Tensor|None           # [b*n] bool; None: every flat token is real
+    groups:tuple                  # (images, tokens each), in the order of the flat tokens; flat form only
+    attend:Tensor|None            # [b n n] bool; dense form only
+    is_real:Tensor|None           # [n] bool, in the order of the flat tokens; None: every flat token is real
+    starts:Tensor|None=None       # [s+1] int32, where each image begins among the flat tokens; varlen form only
 
     def flat(self, x:Tensor)->Tensor: # [b n ...] -> [n ...]
         "Rows as flat tokens, in the order of this layout."
         x = x.flatten(0, 1)
         return x if self.order is None else x.index_select(0, self.order)
 
+    def slots(self, x:Tensor)->Tensor: # [n ...] -> [b n ...], padding as it was computed, or zero in the flat form
+        "Flat tokens back in their slots."
+        if self.order is not None:
+            x = x.new_zeros(self.shape[0]*self.shape[1], *x.shape[1:]).index_copy(0, self.order, x)
+        return x.unflatten(0, self.shape)
+
     def rows(self, x:Tensor)->Tensor: # [n ...] -> [b n ...], zero at padding
         "Flat tokens back in their rows: the inverse of `flat`."
-        if self.order is None: x = x.masked_fill(~self.is_real.view(-1, *[1]*(x.ndim-1)), 0)
-        else: x = x.new_zeros(self.shape[0]*self.shape[1], *x.shape[1:]).index_copy(0, self.order, x)
-        return x.unflatten(0, self.shape)
+        if self.is_real is not None: x = x.masked_fill(~self.is_real.view(-1, *[1]*(x.ndim-1)), 0)
+        return self.slots(x)
+
+# %% ../nbs/21_layers.ipynb #283f7ae0
+def varlen_kernel(device:torch.device):
+    "Return torch's kernel for sequences of different lengths. Raises ValueError where it cannot run."
+    if device.type != 'cuda':
+        raise ValueError(f"attention='varlen' needs a CUDA device, not {device.type}; 'flat' leaves padding out there")
+    try: from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        raise ValueError(f"attention='varlen': torch {torch.__version__} has no torch.nn.attention.varlen; "
+                         "'dense' works with every version") from None
+    return varlen_attn
+
+def _varlen_layout(
+    sample:Tensor, # [b n] image of each token, -1 padding
+)->TokenLayout:    # all slots, each image's together; the padding of a row is one more sequence
+    b, n = sample.shape
+    ids = (sample+1 + torch.arange(b, device=sample.device)[:, None]*(sample.max()+2)).flatten()
+    order = ids.argsort(stable=True)
+    lengths = torch.unique_consecutive(ids[order], return_counts=True)[1]
+    starts = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    return TokenLayout((b, n), order, (), None, (sample.flatten() >= 0)[order], starts)
 
 # %% ../nbs/21_layers.ipynb #1903da9c
 def token_layout(
     sample:Tensor,                # [b n] image of each token, -1 padding
-    # 'flat': variable-length attention without padding; 'dense': masked attention on padded rows; 'auto': flat on a CPU
+    # 'flat': variable-length attention without padding; 'dense': masked attention on padded rows; 'varlen': torch's
+    # variable-length kernel, on a GPU; 'auto': flat on a CPU, else dense
     attention:str='auto',
 )->TokenLayout:
-    "Sort tokens by the length of their image (flat), or keep rows and build an attention mask (dense)."
+    """Sort tokens by the length of their image (flat) or by their image (varlen), or keep rows and build an attention
+    mask (dense). Raises ValueError for another form, and for varlen where it cannot run."""
     b, n = sample.shape
     if attention == 'auto': attention = 'flat' if sample.device.type == 'cpu' else 'dense'
+    if attention not in ('flat', 'dense', 'varlen'):
+        raise ValueError(f"attention={attention!r}: no such form; there are 'auto', 'flat', 'dense', 'varlen'")
+    if attention == 'varlen':
+        varlen_kernel(sample.device) # refuses here, before anything is computed
+        return _varlen_layout(sample)
     if attention == 'dense': return TokenLayout((b, n), None, (), same_sample(sample), sample.flatten() >= 0)
     first_id = torch.arange(b, device=sample.device)[:, None]*(sample.max()+1).clamp(min=1)
     ids = sample + first_id # image ids that no two rows share
@@ -118,7 +152,13 @@ def attend(
     q:Tensor, k:Tensor, v:Tensor, # [n h d] flat
     lay:TokenLayout,              # of those tokens
 )->Tensor:                        # [n h d]
-    "Attention within each image, flat or dense as the layout says."
+    "Attention within each image, in the form of the layout. Raises ValueError for varlen in float32."
+    if lay.starts is not None:
+        if q.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"attention='varlen' multiplies in bfloat16 or float16, not {str(q.dtype)[6:]}; "
+                             "run.dtype=mixed or torch.autocast would do")
+        n = lay.shape[1] # no image is longer; the exact maximum would be read from the device
+        return varlen_kernel(q.device)(q, k, v, lay.starts, lay.starts, n, n)
     if lay.attend is not None:
         q, k, v = (t.unflatten(0, lay.shape) for t in (q, k, v))
         return attend_dense(q, k, v, lay.attend).flatten(0, 1)

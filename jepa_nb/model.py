@@ -195,12 +195,12 @@ class Predictor(nn.Module):
         target:Tokens,          # x unused; pos [b t 2], sample [b t]
         attention:str='auto',   # 'flat', 'dense': see `token_layout`
     )->tuple[Tensor,Tensor,Tensor|None]: # predictions [m in_dim], their slots (row*t + column) [m], auxiliary loss
-        "Predict the features at every target slot that is not padding (dense attention: at every target slot)."
+        "Predict the features at every target slot that is not padding (dense and varlen: at every target slot)."
         c, t = context.sample.shape[1], target.sample.shape[1]
         lay = token_layout(torch.cat((context.sample, target.sample), 1), attention)
-        if lay.order is None: # dense: contexts and targets keep their slots in the row
+        if lay.is_real is not None: # dense and varlen: every slot, padding too
             x = self.embed(z.index_select(0, source.flatten().clamp(min=0))).unflatten(0, source.shape)
-            x = torch.cat((x, self.mask_token.to(x.dtype).expand(*target.sample.shape, -1)), 1).flatten(0, 1)
+            x = lay.flat(torch.cat((x, self.mask_token.to(x.dtype).expand(*target.sample.shape, -1)), 1))
         else:
             row, column = lay.order.div(c+t, rounding_mode='floor'), lay.order%(c+t)
             where = (row*c + column)[column < c]                  # context slots, in the order of the flat tokens
@@ -210,8 +210,8 @@ class Predictor(nn.Module):
         x, rope = add_positions(x, lay.flat(torch.cat((context.pos, target.pos), 1)), self)
         hidden, moe_loss = run_blocks(self, x, rope, lay)
         x = hidden[-1]
-        if lay.order is None: # dense: every target slot
-            x, slot = x.unflatten(0, lay.shape)[:, c:].flatten(0, 1), torch.arange(lay.shape[0]*t, device=x.device)
+        if lay.is_real is not None: # every target slot
+            x, slot = lay.slots(x)[:, c:].flatten(0, 1), torch.arange(lay.shape[0]*t, device=x.device)
             is_real = (target.sample.flatten() >= 0) if isinstance(self.norm, RunningNorm) else None
         else:
             x, slot = x.index_select(0, (column >= c).nonzero().squeeze(1)), (row*t + column - c)[column >= c]

@@ -204,7 +204,8 @@ def section(text:str, heading:str)->str:
 
 # %% ../nbs/78_site.ipynb #eb8e74bd
 PUBLISHED_TABLES = dict(
-    fn_table1=['featnorm_table1'], fn_fig11_depth_maps=['featnorm_table1'], fn_throughput=['featnorm_table1'],
+    fn_table1=['featnorm_table1', 'featnorm_cited'], fn_fig11_depth_maps=['featnorm_table1'],
+    fn_throughput=['featnorm_table1'],
     ec_table2_rank=['ecijepa_table2'], ec_table3_ood=['ecijepa_table3'],
     ec_fig2_context_scale=['ijepa_table9']) # figure -> tables of the papers
 

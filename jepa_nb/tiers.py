@@ -183,8 +183,8 @@ def read_sets(
     return {require_name('data set', k, sets): sets[k] for k in only} or sets
 
 # %% ../nbs/70_tiers.ipynb #5e5266f4
-TIER_KEYS = dict(tier=str, threads=int, data=dict, settings=dict, runs=dict, eval=dict, depth=dict, ranks=dict,
-                 ood=dict,
+TIER_KEYS = dict(tier=str, threads=int, rates=str, data=dict, settings=dict, runs=dict, eval=dict, depth=dict,
+                 ranks=dict, ood=dict,
                  pooling=dict, figures=dict, seconds=dict)
 RUN_KEYS = ('recipe', 'seeds', 'settings', 'eval', 'probe', 'baseline', 'resumes', 'export')
 SCENE_KEYS = ('kind', 'images', 'side', 'seed', 'style')

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from jepa_nb.jepa import JEPA, jepa_loss
@@ -82,6 +83,34 @@ def test_forms_of_attention_agree(base, words, images):
     (a, grad_a), (b, grad_b) = (gradients(jepa, pack, form) for form in ('flat', 'dense'))
     assert_close(a, b)
     assert_close(grad_a, grad_b, atol=1e-5, rtol=1e-3)
+
+
+def slow_kernel(q, k, v, starts_q, starts_k, longest_q, longest_k):
+    "What torch.nn.attention.varlen computes, one image after the other; a CPU has no kernel for it."
+    ends = starts_q.tolist()
+    assert starts_q.dtype == torch.int32 and ends == starts_k.tolist() and ends[-1] == len(q)
+    assert max(b-a for a, b in zip(ends, ends[1:])) <= longest_q == longest_k
+    one = lambda *qkv: F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in qkv)).transpose(0, 1)
+    return torch.cat([one(q[a:b], k[a:b], v[a:b]) for a, b in zip(ends, ends[1:])])
+
+
+@pytest.mark.parametrize('words', [(), EXPERTS, ('encoder.norm_out=batchnorm',)], ids=['mlp', 'experts', 'batchnorm'])
+@pytest.mark.parametrize('base', [WINDOWS, BLOCKS, BLOCKS | dict(condition=dict(kind='positions'))],
+                         ids=['windows', 'blocks', 'conditioned'])
+def test_varlen_agrees_with_the_mask(base, words, images, monkeypatch):
+    "In bfloat16, which the kernel is for: both are within rounding of the gradient in float32."
+    torch.manual_seed(0)
+    jepa = JEPA(make_config(base, words))
+    pack = pack_images(images, jepa.cfg)
+    with pytest.raises(ValueError, match="'varlen' needs a CUDA device, not cpu"): jepa(pack, attention='varlen')
+    monkeypatch.setattr('jepa_nb.layers.varlen_kernel', lambda device: slow_kernel)
+    with pytest.raises(ValueError, match='bfloat16 or float16, not float32'): jepa(pack, attention='varlen')
+    exact, exact_grad = gradients(jepa, pack, 'dense')
+    with torch.autocast('cpu', torch.bfloat16):
+        found = [gradients(jepa, pack, form) for form in ('dense', 'varlen')]
+    errors = [((grad-exact_grad).norm()/exact_grad.norm()).item() for _, grad in found]
+    assert all(abs(loss/exact-1) < .01 for loss, _ in found)
+    assert max(errors) < .05
 
 
 def test_a_traced_model_is_the_model(images):

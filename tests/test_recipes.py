@@ -9,13 +9,16 @@ import yaml
 from conftest import ROOT
 
 from jepa_nb.config import AUTHORS_CODE, Config
+from jepa_nb.depth_head import head_layers
+from jepa_nb.evaluate import has_fresh_views
 from jepa_nb.files import checkpoint_folders
+from jepa_nb.heads import PROTOCOLS
 from jepa_nb.jepa import JEPA
 from jepa_nb.model import Encoder, Predictor
 from jepa_nb.optim import beta_at, lr_at
 from jepa_nb.packing import check_slots
-from jepa_nb.recipes import ConfigError, load_config, make_config, setting_names
-from jepa_nb.tiers import as_overrides, read_tier
+from jepa_nb.recipes import ConfigError, load_config, make_config, make_depth, setting_names
+from jepa_nb.tiers import DEPTH_OPTIONS, as_overrides, read_tier, run_eval
 from jepa_nb.train import train
 
 TIER = read_tier(ROOT/'params/paper.yaml')
@@ -69,6 +72,28 @@ def test_pairs_differ_in_the_norm_alone():
         assert same(x) == same(y)
         assert (x.encoder.norm_out, y.encoder.norm_out) == ('dyntanh', 'layernorm')
         assert (x.objective.target_norm, y.objective.target_norm) == ('none', 'layernorm' if b == 4 else 'none')
+
+
+def test_every_compared_run_can_be_judged():
+    "Three seeds, which an interval asks for, of every run that a figure or claim compares."
+    compared = {r for figure in TIER['figures'].values() for v in figure.get('runs', {}).values()
+                for r in (v if isinstance(v, list) else [v])}
+    assert {r: TIER['runs'][r].get('seeds', [0]) for r in compared} == dict.fromkeys(compared, [0, 1, 2])
+
+
+def test_depth_heads_of_the_code_and_of_the_paper():
+    "FN §8.4 says the third to last of 13 depths; the code reads the fourth to last."
+    heads = {k: make_depth({n: v for n, v in TIER['depth'][k].items() if n not in DEPTH_OPTIONS})
+             for k in ('main', 'literal')}
+    assert {k: head_layers(h, 12) for k, h in heads.items()} == dict(main=[13-4], literal=[13-3])
+    assert replace(heads['literal'], layers=None) == heads['main']
+
+
+def test_heads_on_imagenet_see_fresh_crops():
+    "EC's protocol draws a crop of every image in each of 50 epochs; small tiers keep four."
+    fresh = {r: run_eval(TIER, r).resolved() for r in TIER['runs'] if 'eval' in TIER['runs'][r]}
+    assert len(fresh) == 8 and all(c.crops == PROTOCOLS[c.protocol].epochs == 50 for c in fresh.values())
+    assert all(has_fresh_views(c) for c in fresh.values()) and not has_fresh_views(replace(fresh['ec_l'], crops=4))
 
 
 def test_schedules():
