@@ -37,6 +37,13 @@ class Losses(NamedTuple):
     pos:Tensor   # [m 2] row and column of the patch
     image:Tensor # [m]   number of the image
 
+def _channel_losses(out)->tuple[Tensor,Tensor,float]:
+    "Losses and distances of prediction and target of the tokens that were scored, [m d] each, and beta."
+    pred, target = (t.float()[out.is_scored] for t in (out.pred, out.target))
+    beta, error = float(out.aux.get('beta', 1.)), (pred-target).abs()
+    if np.isinf(beta): return error.square()/2, error, beta # L2
+    return F.smooth_l1_loss(pred, target, reduction='none', beta=beta), error, beta
+
 def token_losses(
     jepa:JEPA,           # encoder, teacher and predictor
     images,              # iterable of [H W 3] uint8
@@ -52,12 +59,10 @@ def token_losses(
     for batch in pack_iterator(images, cfg, seed=seed):
         with torch.inference_mode():
             out = jepa.predict(to_device(batch.pack, device), g)
-            pred, target = (t.float()[out.is_scored] for t in (out.pred, out.target))
-            beta = float(out.aux.get('beta', 1.))
-            value = F.smooth_l1_loss(pred, target, reduction='none', beta=beta)
+            value, error, beta = _channel_losses(out)
         number = batch.dataset_index.to(device)[out.sample[out.is_scored]]
         pos = out.pos[out.is_scored].long().cpu()
-        yield Losses(value.cpu(), (pred-target).abs().cpu(), beta, pos, number.cpu())
+        yield Losses(value.cpu(), error.cpu(), beta, pos, number.cpu())
         bar.update(batch.images)
     bar.close()
 
@@ -248,8 +253,7 @@ def masked_losses(
     known = None if target_features is None else target_features[image[:, None], target.clamp(min=0)]
     out = jepa.predict(pack, torch.Generator(image.device).manual_seed(0), target_features=known,
                        predictor_rows=predictor_rows)
-    pred, target = (t.float()[out.is_scored] for t in (out.pred, out.target))
-    value = F.smooth_l1_loss(pred, target, reduction='none', beta=float(out.aux.get('beta', 1.))).mean(1)
+    value = _channel_losses(out)[0].mean(1)
     row = out.sample[out.is_scored]
     return MaskedLosses(value, image[row], mask[row], out.pos[out.is_scored].long())
 

@@ -17,7 +17,7 @@ PAIRS = [(t, b, a) for t in sorted(p.parent for p in (ROOT/'figures').glob('*/ch
 
 @pytest.mark.parametrize('tier, b, a', PAIRS, ids=lambda v: getattr(v, 'name', v))
 def test_differences_of_committed_runs_are_those_of_their_answers(tier, b, a):
-    "Whatever version of the evaluation wrote them: means over the declared depths, from depths and answers that are there."
+    "Of evaluations of any version: means over declared depths, from the depths and answers that are there."
     ours, theirs = (runs_by_seed(sorted((tier/'checkpoints'/name).glob('seed*'))) for name in (b, a))
     row = paired_columns(ours, theirs, dict(acc_late='acc_late', knn_late='knn_late'))
     by_hand = {}
