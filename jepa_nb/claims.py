@@ -8,7 +8,7 @@ __all__ = ['REDRAW', 'METHODS', 'SIZE_OF', 'MIN_SKILL', 'NotTestable', 'Tables',
            'Comparison', 'Estimate', 'part_values', 'estimate', 'combine', 'adjust', 'Facts', 'parse_seeds', 'is_row',
            'table1_row', 'smallest', 'skill_of', 'find_facts', 'facts_of_runs', 'beats_baselines', 'has_grid',
            'same_images', 'Claim', 'Judgement', 'compare', 'compare_claim', 'check_needs', 'published_excluded',
-           'left_out', 'judge']
+           'untested_parts', 'judge']
 
 # %% ../nbs/50_claims.ipynb #39a69b63
 import csv
@@ -441,7 +441,7 @@ def published_excluded(claim:Claim, first)->str:
     text = f'{value:.4g}' if claim.parts[0].ratio else f'{value:+.4g}'
     return f'published effect excluded: {text} is outside the {100*first.level:g} % interval'
 
-def left_out(
+def untested_parts(
     claim:Claim, # that is judged by the parts that could be tested
     why:dict,    # name of a part that could not -> reason
 )->list[str]:
@@ -470,7 +470,7 @@ def judge(
            for p, r, w in zip(claim.parts, results, words) if w == UNTESTED}
     scale, failed = check_needs(claim, tables, facts)
     if failed: word, reasons = UNTESTED, [str(failed), *why.values()]
-    else: reasons = list(why.values()) if word == UNTESTED else left_out(claim, why) if claim.partial else []
+    else: reasons = list(why.values()) if word == UNTESTED else untested_parts(claim, why) if claim.partial else []
     reported_only = [r for r in compare(claim.reported_only, tables) if isinstance(r, Estimate)]
     return Judgement(word, '; '.join(dict.fromkeys(reasons)), parts, reported_only, scale,
                      published_excluded(claim, results[0]) if word != UNTESTED else '')

@@ -151,7 +151,7 @@ def worst_set(
         if len(differences) < least:
             n = len(differences)
             lack = f'{n} data set{"s"*(n != 1)} to compare on at size {size}, {least} are needed'
-            raise NotTestable('; '.join([lack, *map(str, errors)]),
+            raise NotTestable('; '.join([*map(str, errors), lack]),
                               '; '.join(dict.fromkeys(e.missing for e in errors)) or f'{least} data sets')
         return worst_case(differences)
     return values

@@ -211,8 +211,10 @@ def cost_text(
     of = lambda kind, run='': seconds.get(f'{kind} {run}', seconds.get(kind, 0))
     draw = time_text(of('figure'))
     if redraw or not runs: return f'make figures TIER={tier}, about {draw} for the figure'
-    seed = max(of('train', r)+of('evaluate') for r in runs)
-    return f'make reproduce TIER={tier}, about {time_text(seed)} for each run and seed, {draw} for the figure'
+    make = f'make reproduce TIER={tier}'
+    if not all(of('train', r) for r in runs): return f'{make}; make dry TIER={tier} states the hours'
+    seed = max(of('train', r)+of('evaluate', r) for r in runs)
+    return f'{make}, about {time_text(seed)} for each run and seed, {draw} for the figure'
 
 def what_decides(
     claim:Claim,           # in question

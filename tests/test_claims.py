@@ -1,6 +1,7 @@
 """Verdicts come from CSVs: every rule is tried on invented ones, in which each claim can be made true, false, absent or
 doubtful."""
 import csv
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from jepa_nb.claims import beats_baselines, published, resolve
 from jepa_nb.claims_ec import LOCAL, OOD, ahead
 from jepa_nb.figure_files import table_csv
 from jepa_nb.ledger import CLAIMS, ledger
+from jepa_nb.losses import LogHistogram
 from jepa_nb.stats import UNTESTED
 
 OURS = {c.number for c in CLAIMS if c.paper == 'ours'}
@@ -389,6 +391,22 @@ def test_comparable_has_a_margin(tmp_path):
         for r in t['ec_table3_ood']:
             if r['set'] in ('count', 'dist') and r['method'] == EC: r['acc'] = 5000+100*r['seed']-loss+.01*r['seed']
         assert verdicts(write(tmp_path/want, t))[25] == want
+
+
+def test_errors_of_one_shape_and_two_scales_are_no_longer_tail(tmp_path):
+    """Claim 4: Student-t(12) errors of scale 0.28 and 0.5, beta 1. Of the loss, smooth L1, DynTanh's tail is the longer
+    one in every seed, because fewer of its errors are where the loss is a line; of the errors nothing is longer."""
+    def rows(norm, scale, k):
+        e = scale*np.abs(np.random.default_rng([k, norm == LN]).standard_t(12, 200_000))
+        for level, v in (('error', e), ('channel', np.where(e < 1, e**2/2, e-.5))):
+            h = LogHistogram().add(v)
+            yield dict(norm=norm, seed=k, level=level, statistic='tail_index', value=h.tail_index())
+    t = tier()
+    t['fn_fig1_loss_distribution'] = [r for n, scale in ((TANH, .28), (LN, .5)) for k in range(3)
+                                      for r in rows(n, scale, k)]
+    row = judged(write(tmp_path/'t', t))[4]
+    low = float(re.search(r'of the loss, DynTanh − LayerNorm: \+[\d.]+ \[\+([\d.]+)', row['beside'])[1])
+    assert row['verdict'] == 'absent' and low > .05, 'by the loss the claim would hold'
 
 
 def test_readings_that_differ_contradict(tmp_path):
