@@ -14,6 +14,7 @@ import numpy as np
 
 from .files import RunError, repo_path, short_path
 from .result_files import add_late
+from .stats import image_error
 
 
 # %% ../nbs/44_answers.ipynb #e34bb426
@@ -65,14 +66,6 @@ def read_answers(
 
 
 # %% ../nbs/44_answers.ipynb #b1da5663
-def _image_error(a, b): # stands in for `image_error` of 04_stats
-    "Standard error over shared test images of the mean of a-b, [seeds images] each."
-    d = np.asarray(a, float)-np.asarray(b, float)
-    n, images = d.shape
-    if n < 2: return float('nan')
-    residual = d-d.mean(1, keepdims=True)-d.mean(0)+d.mean()
-    return float(np.sqrt(max(0., n*d.mean(0).var(ddof=1)-(residual**2).sum()/((n-1)*(images-1)))/(n*images)))
-
 def check_same_images(
     answers:list[Answers], # of evaluations
 ):
@@ -89,12 +82,13 @@ def check_same_images(
 def shared_answers(
     a:dict,       # seed -> JSON of an evaluation
     b:dict,       # the same of the other model
-    measure:str,  # see `read_answers`
-    other:str='', # measure of `b`; '': the same
+    measure,      # see `read_answers`; or one for each seed, as a dict
+    other=None,   # measure of `b`; None: the same
 )->tuple[np.ndarray,np.ndarray]|None: # [s j] each; None where fewer than two images have answers on both sides
     "Answers of the seeds that both models have, on the images that all of these evaluations have."
     seeds = sorted(a.keys() & b.keys())
-    sides = [[read_answers(x[k], m) for k in seeds] for x, m in ((a, measure), (b, other or measure))]
+    sides = [[read_answers(x[k], m if isinstance(m, str) else m[k]) for k in seeds]
+             for x, m in ((a, measure), (b, other or measure))]
     every = sum(sides, [])
     if not seeds or any(x.values is None for x in every): return None
     check_same_images(every)
@@ -109,7 +103,7 @@ def shared_answers(
 def paired_columns(
     a:dict,         # seed -> JSON of an evaluation, or its run folder
     b:dict,         # the same of the other model
-    columns:dict,   # name of a column -> measure, see `read_answers`; or (measure of a, measure of b)
+    columns:dict,   # name of a column -> measure, see `shared_answers`; or (measure of a, measure of b)
     unit:float=100, # 100: percent and points; 1: shares
     name:str='probe', # of the evaluation in a run folder
 )->dict:            # for every column its mean, <column>_by_seed and <column>_se_images; None where not measured
@@ -117,11 +111,12 @@ def paired_columns(
     a, b = ({k:found for k, p in side.items() if (found := find_result(p, name))} for side in (a, b))
     row = {}
     for column, measures in columns.items():
-        one, two = (measures, measures) if isinstance(measures, str) else measures
-        scores = {k:[read_answers(x[k], m).score for x, m in ((a, one), (b, two))] for k in sorted(a.keys() & b.keys())}
+        one, two = measures if isinstance(measures, tuple) else (measures, measures)
+        scores = {k:[read_answers(x[k], m if isinstance(m, str) else m[k]).score for x, m in ((a, one), (b, two))]
+                  for k in sorted(a.keys() & b.keys())}
         d = {k:unit*(x-y) for k, (x, y) in scores.items() if None not in (x, y)}
         kept = shared_answers({k:a[k] for k in d}, {k:b[k] for k in d}, one, two)
-        error = float('nan') if kept is None else unit*_image_error(*kept)
+        error = float('nan') if kept is None else unit*image_error(*kept)
         row |= {column:float(np.mean(list(d.values()))) if d else None,
                 f'{column}_by_seed':' '.join(f'{k}:{v:.6g}' for k, v in d.items()) or None,
                 f'{column}_se_images':None if np.isnan(error) else error}

@@ -6,7 +6,8 @@
 __all__ = ['JPEG_BLOCK', 'smooth_fit', 'smooth_part', 'power', 'grid_frequencies', 'checkerboard', 'checkerboard_interval',
            'grid_strength', 'signed_amplitudes', 'block_rolls', 'RolledSquares', 'rolled_loss_maps', 'MovedMaps',
            'window_moves', 'moved_loss_maps', 'in_frame', 'token_energies', 'object_share', 'variation', 'over_images',
-           'smooth_grid', 'components', 'as_hsv', 'enlarge', 'feature_picture']
+           'centre_prior', 'local_contrast', 'log_ratio_on_objects', 'smooth_grid', 'components', 'as_hsv', 'enlarge',
+           'feature_picture']
 
 # %% ../nbs/46_maps.ipynb #5d428e40
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import repeat
+from einops import rearrange, repeat
 from matplotlib.colors import hsv_to_rgb
 
 from .config import Config
@@ -290,6 +291,31 @@ def over_images(
     v = np.asarray(values, dtype=float)
     v = v[~np.isnan(v)]
     return (float(v.mean()), *bootstrap(v, draws, seed=seed), len(v)) if len(v) else (*[float('nan')]*3, 0)
+
+def centre_prior(side:int)->np.ndarray: # [y x]
+    "Closeness to the image's centre: what finds objects without looking, since photographers centre them."
+    at = np.arange(side)-(side-1)/2
+    return -np.hypot(at[:, None], at[None])
+
+def local_contrast(
+    source,    # images, see `open_source`
+    index:int, # which image
+    side:int,  # patches down and across
+    patch:int, # pixels per patch side
+)->np.ndarray: # [y x]
+    "Standard deviation of the brightness of each patch's pixels."
+    grey = center_square(source.image(int(index)), side*patch).float().mean(-1)
+    return rearrange(grey, '(y p) (x q) -> y x (p q)', p=patch, q=patch).std(-1).numpy()
+
+def log_ratio_on_objects(
+    losses:np.ndarray,    # [y x], NaN where a patch was never a target
+    is_object:np.ndarray, # [y x] bool
+)->float: # NaN where one kind is missing
+    "Log of the mean loss of patches on objects over that of the others."
+    is_known = ~np.isnan(losses)
+    on, off = losses[is_known & is_object], losses[is_known & ~is_object]
+    return float(np.log(on.mean()/off.mean())) if len(on) and len(off) else float('nan')
+
 
 # %% ../nbs/46_maps.ipynb #f7491022
 def smooth_grid(
