@@ -101,7 +101,7 @@ def comparison(
 def contrast_rows(
     contrasts:list[Contrast], # of one table
     table:list,      # rows of runs, as numbers
-    runs:list,       # `CellRun`s, for the answers per image
+    runs:list,       # of `CellRun`, for the answers per image
     sequential:bool=False, # seeds are added by the stopping rule
 )->list[dict]:       # with the columns of the table, and by_seed as a dict
     "The contrasts of a table as rows: mean, interval, seeds, standard error over images, or the reason why not."

@@ -80,7 +80,7 @@ def correct_by_depth(
     return torch.cat([scores(a).argmax(-1).T == b for a, b in zip(x.split(chunk), y.split(chunk))], 1)
 
 # %% ../nbs/41_probes.ipynb #e7525613
-PENALTIES = (1e-2, 1e-3, 1e-4, 1e-5) # on the sum of squared weights, beside a mean cross-entropy
+PENALTIES = (1., 1e-1, 1e-2, 1e-3, 1e-4, 1e-5) # on the sum of squared weights, beside a mean cross-entropy
 MOST_WHITENED = 4096                  # channels
 
 class Whitening(NamedTuple):

@@ -333,7 +333,9 @@ def write_library(
     stems = [p.stem for p in sorted((root/'nbs').glob('[0-9][0-9]_*.ipynb'))]
     for stem in ['index', *stems]:
         nb = read_notebook(root/'nbs'/f'{stem}.ipynb', notes)
-        if nb: write(src/'nbs'/f'{stem}.ipynb', json.dumps(page_of(nb)))
+        if not nb: continue
+        text = json.dumps(page_of(nb)).replace('](beyond/', '](figures/') # their pages are among the figures
+        write(src/'nbs'/f'{stem}.ipynb', text)
     written = [s for s in stems if (src/'nbs'/f'{s}.ipynb').is_file()]
     write(src/'nbs'/'library.md', '# The library, notebook by notebook\n\nThe notebooks are the source of the library. '
                                   'They are read in this order.\n\n'+toctree(written))

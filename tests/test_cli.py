@@ -143,8 +143,7 @@ def test_figure_without_checkpoint(tmp_path):
         'resumed run', 'resumed seed', 'evaluation', 'ranks', 'images', 'seeds', 'no settings', 'no params',
         'parameter value'])
 def test_tier_is_checked_before_anything_starts(tmp_path, change, names):
-    shutil.copytree(ROOT/'nbs/figures', tmp_path/'nbs/figures')
-    shutil.copytree(ROOT/'params', tmp_path/'params')
+    for f in ('nbs/figures', 'nbs/beyond', 'params'): shutil.copytree(ROOT/f, tmp_path/f)
     file = tmp_path/'params/smoke.yaml'
     tier = yaml.safe_load(file.read_text())
     change(tier)

@@ -24,7 +24,7 @@ def clone(to):
     for name in ('nbs', 'params', 'workflow/report'):
         shutil.copytree(ROOT/name, to/name, ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
     for name in ('README.md', 'RELIABILITY.md', 'settings.ini', '.gitignore'): shutil.copy(ROOT/name, to/name)
-    for t in ('small', 'medium'):
+    for t in ('small', 'medium', 'beyond'):
         shutil.copytree(ROOT/'figures'/t, to/'figures'/t, ignore=shutil.ignore_patterns('*.safetensors'))
     quick = to/'figures/quick'
     quick.mkdir()

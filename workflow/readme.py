@@ -13,7 +13,7 @@ from jepa_nb.stats import UNTESTED, VERDICTS
 
 ROOT = Path(__file__).resolve().parent.parent
 # whose figures are committed, and what their runs were trained on
-TIERS = dict(small='CIFAR-10', medium='Tiny ImageNet, 100 classes', beyond='rendered scenes, five minutes of a core a run')
+TIERS = dict(small='CIFAR-10', medium='Tiny ImageNet, 100 classes', beyond='rendered scenes, five minutes a run')
 
 
 def ledger_rows(tier):
