@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,7 +21,7 @@ from .devices import to_device
 from .features import image_tokens
 from .frozen import square_batches, warn_skipped
 from .images import BadImage, DataError
-from .jepa import JEPA, PredictorRows, repeat_and_drop, encode_targets
+from .jepa import JEPA, PredictorRows, channel_loss, repeat_and_drop, encode_targets
 from .loader import pack_iterator
 from .masks import context_range, window_ids
 from .packing import Pack
@@ -41,8 +40,7 @@ def _channel_losses(out)->tuple[Tensor,Tensor,float]:
     "Losses and distances of prediction and target of the tokens that were scored, [m d] each, and beta."
     pred, target = (t.float()[out.is_scored] for t in (out.pred, out.target))
     beta, error = float(out.aux.get('beta', 1.)), (pred-target).abs()
-    if np.isinf(beta): return error.square()/2, error, beta # L2
-    return F.smooth_l1_loss(pred, target, reduction='none', beta=beta), error, beta
+    return channel_loss(pred, target, beta), error, beta
 
 def token_losses(
     jepa:JEPA,           # encoder, teacher and predictor
