@@ -79,15 +79,6 @@ def _create(path, owner)->bool:
         return True
     finally: tmp.unlink(missing_ok=True)
 
-def _remove(path, token):
-    "Remove the owner's file with this token; another one is left or put back."
-    taken = path.with_name(f'{path.name}.{secrets.token_hex(4)}')
-    try: os.rename(path, taken)
-    except FileNotFoundError: return
-    if (_read_owner(taken) or {}).get('token') != token:
-        with suppress(OSError): os.link(taken, path)
-    taken.unlink(missing_ok=True)
-
 def describe_owner(owner:dict)->str:
     "`process 12`, or `process 12 on host`."
     if 'pid' not in owner: return 'another process'
@@ -101,7 +92,7 @@ class OwnerFile:
         say=lambda text: print(text, file=sys.stderr), # called with a line
     ):
         self.path, self.say, self.owner = Path(path), say, lock_owner()
-        self.last_seen, self.since, self.end = None, 0., threading.Event()
+        self.seen, self.end = {}, threading.Event() # by file: its last sign of life, and since when that is known
 
     def acquire(self)->str|None: # None: held now; else who holds it
         "Create the file, or take it over from an owner that is dead."
@@ -110,21 +101,31 @@ class OwnerFile:
         threading.Thread(target=self._beat, daemon=True).start()
         return None
 
-    def holder(self)->str|None: # None: nobody
+    def holder(self, path=None)->str|None: # None: nobody
         "Who holds the file; that of a dead owner is removed."
-        other = _read_owner(self.path)
+        path = path or self.path
+        other = _read_owner(path)
         if other is None: return None
-        if not self._is_dead(other): return describe_owner(other)
-        _remove(self.path, other.get('token'))
+        if not self._is_dead(path, other): return describe_owner(other)
+        return self._remove(path, other.get('token'))
 
-    def _is_dead(self, other):
+    def _remove(self, path, token):
+        "Remove a dead owner's file. Only the owner of a second file may, whose name holds the dead one's token."
+        permit = path.with_name(f'{path.name}.{token}.dead')
+        while not _create(permit, self.owner):
+            if holder := self.holder(permit): return holder
+        try:
+            if (_read_owner(path) or {}).get('token') == token: path.unlink(missing_ok=True)
+        finally: permit.unlink(missing_ok=True)
+
+    def _is_dead(self, path, other):
         "Whether an owner has ended, or gave no sign of life for as long as this process watches."
         alive = is_alive(other)
         if alive is not None: return not alive
-        try: seen = (other.get('token'), os.stat(self.path).st_mtime_ns)
+        try: seen = (other.get('token'), os.stat(path).st_mtime_ns)
         except OSError: return False
-        if seen != self.last_seen: self.last_seen, self.since = seen, time.monotonic()
-        return time.monotonic()-self.since > STALE
+        if seen != self.seen.get(path, (None,))[0]: self.seen[path] = seen, time.monotonic()
+        return time.monotonic()-self.seen[path][1] > STALE
 
     def _beat(self):
         "Touch the file until it is released; interrupt this process where another one has taken it over."

@@ -167,6 +167,29 @@ def test_two_that_take_over_at_once_do_not_both_hold(tmp_path, no_flock):
     assert most == [1]*8
 
 
+def test_one_that_comes_late_to_a_take_over_leaves_the_new_owner(tmp_path, no_flock):
+    "It had read a dead owner's record; meanwhile another process took over. The new file is not touched."
+    path = tmp_path/'.lock.owner'
+    dead = lock_owner() | dict(started='1', token='old')
+    path.write_text(json.dumps(dead))
+    first, late = OwnerFile(path), OwnerFile(path)
+    assert first.acquire() is None
+    before = path.stat()
+    assert late._remove(path, dead['token']) is None
+    assert (path.stat().st_ino, path.stat().st_ctime_ns) == (before.st_ino, before.st_ctime_ns)
+    assert late.acquire() == f'process {os.getpid()}' and list(tmp_path.iterdir()) == [path]
+    first.release()
+
+
+def test_one_that_dies_while_it_takes_over_is_taken_over_from(tmp_path, no_flock):
+    path = tmp_path/'.lock.owner'
+    for file, token in ((path, 'old'), (tmp_path/'.lock.owner.old.dead', 'older')):
+        file.write_text(json.dumps(lock_owner() | dict(started='1', token=token)))
+    mine = OwnerFile(path)
+    assert mine.acquire() is None and list(tmp_path.iterdir()) == [path]
+    mine.release()
+
+
 def test_a_process_of_another_host_is_told_apart(tmp_path, no_flock, monkeypatch):
     "It is waited for though no process of its number lives here, until it gave no sign of life for long enough."
     path = tmp_path/'.lock.owner'
