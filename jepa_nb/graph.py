@@ -103,6 +103,7 @@ READS = dict( # what a figure reads of its runs beside the weights; the others r
     beyond_norm_or_beta=['measures', 'probes', 'baselines'],
     beyond_conditioning_or_tokens=['measures', 'probes', 'baselines'],
     beyond_energy_weights=['measures', 'probes', 'baselines'],
+    recipe_search=['probes', 'probes_on_the_way', 'baselines'],
 )
 
 def as_flow(
@@ -212,6 +213,11 @@ class ResultFiles(RunFiles):
         "Probes of runs."
         return [f'{f}/eval/probe.json' for r in runs for f in self.folders(r)]
 
+    def probes_on_the_way(self, runs)->list[str]:
+        "Probes of the checkpoints that runs keep on their way."
+        kept = lambda run: self.all_runs[run].get('settings', {}).get('run.keep_at', [])
+        return [f'{f}/eval/probe-{step}.json' for r in runs for step in kept(r) for f in self.folders(r)]
+
     def ranks(self, runs)->list[str]:
         "Rank scores of runs."
         return [f'{f}/eval/ranks.json' for r in runs for f in self.folders(r)]
@@ -282,7 +288,8 @@ class ResultFiles(RunFiles):
         if self.committed: return []
         kinds = ('probes', 'baselines', 'heads', 'untrained_heads', 'sets', 'untrained_sets', 'pixel_sets', 'pools')
         found = self.weights(self.all_runs) + [f for kind in kinds for f in getattr(self, kind)(self.probed)]
-        return found + self.measures(self.runs_read('measures'))
+        read = ('measures', 'probes_on_the_way')
+        return found + [f for kind in read for f in getattr(self, kind)(self.runs_read(kind))]
 
 # %% ../nbs/71_graph.ipynb #e2718625
 class JobWords(ResultFiles):
@@ -386,7 +393,9 @@ class CommittedFiles(FigureFiles):
     def committed_results(self, run:str, seed)->list[str]:
         "The results of one run that are committed beside its weights and its probe."
         folder = f'{self.work}/{run}/seed{seed}/'
-        return [f for kind in ('heads', 'sets', 'pools') for f in getattr(self, kind)([run]) if f.startswith(folder)]
+        read = [k for k in ('measures', 'probes_on_the_way') if run in self.runs_read(k)]
+        return [f for kind in ('heads', 'sets', 'pools', *read) for f in getattr(self, kind)([run])
+                if f.startswith(folder)]
 
     def committed_baselines(self)->list[str]:
         "The baselines that are committed, where they are made."

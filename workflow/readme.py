@@ -13,7 +13,8 @@ from jepa_nb.stats import UNTESTED, VERDICTS
 
 ROOT = Path(__file__).resolve().parent.parent
 # whose figures are committed, and what their runs were trained on
-TIERS = dict(small='CIFAR-10', medium='Tiny ImageNet, 100 classes', beyond='rendered scenes, five minutes a run')
+TIERS = dict(small='CIFAR-10', medium='Tiny ImageNet, 100 classes', beyond='rendered scenes, five minutes a run',
+             recipes='CIFAR-10, trials')
 
 
 def ledger_rows(tier):
