@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .files import repo_root, weights_file
+from .files import config_file, repo_root
 from .recipes import load_config
 from .results import gain_z, read_probe
 from .stats import LOOKS, UNTESTED, holm, look_at, p_value, paired_interval, verdict
@@ -307,7 +307,7 @@ def facts_of_runs(
     "Facts about the runs of a figure, from their folders; raises ValueError where a list has two runs of one seed."
     configs = []
     for folders in runs:
-        cfgs = [load_config(weights_file(f).parent/'config.yaml') for f in folders]
+        cfgs = [load_config(config_file(f)) for f in folders]
         seeds = [c.run.seed for c in cfgs]
         if twice := {k for k in seeds if seeds.count(k) > 1}:
             raise ValueError(f"two runs of seed {min(twice)} among {', '.join(map(str, folders))}: "

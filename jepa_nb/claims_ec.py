@@ -20,7 +20,7 @@ from jepa_nb.claims import (
     SIZE_OF, Claim, Comparison, Facts, NotTestable, Numbers, Tables, beats_baselines, by_seed, cell_number, image_part,
     select, skill_of, smallest,
 )
-from .files import RunError, short_path, weights_file
+from .files import RunError, config_file, short_path
 from .recipes import load_config
 from .results import find_runs, runs_home
 from .stats import p_value, paired, paired_interval
@@ -91,7 +91,7 @@ def method_runs(
 def check_method(folders:list[Path], method:str)->list[Path]:
     "Return the run folders; raises RunError where one was trained by the other method."
     for f in folders:
-        kind = load_config(weights_file(f).parent/'config.yaml').condition.kind
+        kind = load_config(config_file(f)).condition.kind
         if (kind != 'none') != (method == EC):
             raise RunError(f"{short_path(f)}: was trained with condition.kind={kind}, so it is no run of {method}")
     return folders

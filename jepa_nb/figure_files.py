@@ -23,7 +23,8 @@ import numpy as np
 from PIL import Image
 
 from jepa_nb.files import (
-    git_commit, machine, read_json, repo_root, sha256, short_path, training_progress, versions, weights_file,
+    config_file, git_commit, machine, read_json, repo_root, sha256, short_path, training_progress, versions,
+    weights_file,
     write_together,
 )
 from .recipes import load_config
@@ -77,8 +78,7 @@ def run_scale(
     run, # a run folder, or an exported one
 )->dict: # seed, data, rendered, side (pixels), images, seen, minutes, threads, device
     "Read what a run was trained on, and for how long."
-    weights = weights_file(run)
-    cfg, progress = load_config(weights.parent/'config.yaml'), training_progress(run)
+    cfg, progress = load_config(config_file(run)), training_progress(run)
     seconds, path = _seconds(Path(run)), Path(cfg.data.path or 'scenes')
     rendered = cfg.data.kind == 'scenes' or path.parent.name.partition('-seed')[0] == 'scenes'
     data = 'scenes' if rendered else path.name if cfg.data.kind == 'folder' else path.parent.name
@@ -124,7 +124,7 @@ def scale_line(
 )->str|None:       # None where there is nothing to state
     "Return the scale of a figure in one line."
     if tier == 'smoke': return LEARNS_NOTHING
-    scales = [run_scale(f) for f in runs if weights_file(f)]
+    scales = [run_scale(f) for f in runs if config_file(f).is_file()]
     hint = 'see the report for small and medium' if tier == 'quick' else ''
     if not scales and not data: return f'{tier}: {hint}' if hint else None
     timed = all(s['minutes'] for s in scales) and tier not in COMMITTED # those were trained on another machine
@@ -249,8 +249,8 @@ def _is_drawn(out:str, png:bytes, text:str, record:dict)->bool:
 
 def _masks_of(checkpoints)->list[str]:
     "The kinds of masks that checkpoints were trained with."
-    configs = [w.parent/'config.yaml' for c in checkpoints if (w := weights_file(c))]
-    return sorted({load_config(f).masks.label for f in configs if f.is_file()})
+    configs = [f for c in checkpoints if (f := config_file(c)).is_file()]
+    return sorted({load_config(f).masks.label for f in configs})
 
 def save_figure(
     out,             # path to save under, without suffix; None: nothing is saved, so that a trial replaces no figure

@@ -6,7 +6,7 @@
 __all__ = ['DISK_ERRORS', 'MAX_JSON_FILE', 'repo_root', 'repo_path', 'short_path', 'RunError', 'WriteError', 'writing',
            'new_file', 'write_atomic', 'write_together', 'write_json', 'LogFile', 'check_writable', 'read_json',
            'present_folder', 'new_folder', 'sha256', 'git_commit', 'versions', 'machine', 'checkpoint_step',
-           'checkpoint_folders', 'weights_file', 'training_progress']
+           'checkpoint_folders', 'weights_file', 'config_file', 'training_progress']
 
 # %% ../nbs/02_files.ipynb #0600606d
 import ctypes
@@ -279,11 +279,19 @@ def weights_file(path)->Path|None:
     return next((p for p in files if p.is_file()), None)
 
 # %% ../nbs/02_files.ipynb #c0f11e0c
+def config_file(
+    path:str|Path, # a run folder, a checkpoint, an exported folder, or the results of a run without its weights
+)->Path:
+    "The settings of a run: beside its weights, or in its folder."
+    weights = weights_file(path)
+    return (weights.parent if weights else Path(path))/'config.yaml'
+
 def training_progress(
     path:str|Path, # a run folder, a checkpoint or an exported folder
 )->dict:           # step, images, and more where the checkpoint was not exported; empty where nothing is known
-    "Read how far a model was trained, from its state.json, or trained.json where it was exported."
-    weights = weights_file(path)
-    files = [p for n in ('state.json', 'trained.json') if weights and (p := weights.parent/n).is_file()]
+    """Read how far a model was trained, from its state.json, trained.json where it was exported, or done.json where its
+    weights are not kept."""
+    folder = config_file(path).parent
+    files = [p for n in ('state.json', 'trained.json', 'done.json') if (p := folder/n).is_file()]
     try: return read_json(files[0]) if files else {}
     except ValueError as e: raise RunError(f"{files[0]}: {e}") from None

@@ -198,12 +198,13 @@ class ResultFiles(RunFiles):
     "The files of results."
     def weights(self, runs)->list[str]:
         "Trained runs: their last word or, committed, their weights, but of runs whose results alone are."
-        last = lambda r: '/done.json' if not self.committed or self.keeps_results(r) else '/model.safetensors'
-        return [f+last(r) for r in runs for f in self.folders(r)]
+        last = lambda r, k: '/model.safetensors' if self.committed and self.keeps_weights(r, k) else '/done.json'
+        return [f'{self.home}/{r}/seed{k}{last(r, k)}' for r in runs for k in self.seeds[r]]
 
-    def keeps_results(self, run:str)->bool:
-        "Whether the results of a run are committed without its weights."
-        return self.all_runs[run].get('export') == 'results'
+    def keeps_weights(self, run:str, seed)->bool:
+        "Whether the weights of a run are committed, not its results alone."
+        seeds = self.seeds[run]
+        return int(seed) in seeds[:self.all_runs[run].get('weights', len(seeds))]
 
     def run_file(self, wildcards, name:str)->str:
         "A file of results in the folder of the run that the wildcards `run` and `seed` name."
@@ -393,7 +394,8 @@ class CommittedFiles(FigureFiles):
     def committed_results(self, run:str, seed)->list[str]:
         "The results of one run that are committed beside its weights and its probe."
         folder = f'{self.work}/{run}/seed{seed}/'
-        read = [k for k in ('measures', 'probes_on_the_way') if run in self.runs_read(k)]
+        more = ('measures', 'probes_on_the_way') + (() if self.keeps_weights(run, seed) else ('ranks',))
+        read = [k for k in more if run in self.runs_read(k)]
         return [f for kind in ('heads', 'sets', 'pools', *read) for f in getattr(self, kind)([run])
                 if f.startswith(folder)]
 
@@ -410,9 +412,9 @@ class CommittedFiles(FigureFiles):
         "Everything that is committed."
         files = []
         for r in self.committed_runs():
-            names = ['model.safetensors', *(['eval/ranks.json'] if r in self.runs_read('ranks') else [])]
-            if self.keeps_results(r): names = ['done.json']
-            files += [f'{self.figures_folder}/checkpoints/{r}/seed{k}/{n}' for k in self.seeds[r] for n in names]
+            whole = ['model.safetensors', *(['eval/ranks.json'] if r in self.runs_read('ranks') else [])]
+            files += [f'{self.figures_folder}/checkpoints/{r}/seed{k}/{n}' for k in self.seeds[r]
+                      for n in (whole if self.keeps_weights(r, k) else ['done.json'])]
         return files + [self.committed_path(f) for f in self.committed_baselines()]
 
 # %% ../nbs/71_graph.ipynb #065a6396

@@ -83,6 +83,21 @@ class LogHistogram:
         self.largest = max(self.largest, v.max(initial=0.))
         return self
 
+    def to_json(self)->dict:
+        "Everything that was counted, without the empty bins at both ends."
+        full = np.flatnonzero(self.counts)
+        first, last = (int(full[0]), int(full[-1])+1) if len(full) else (0, 0)
+        return dict(first=first, counts=self.counts[first:last].tolist(), n=self.n, sums=self.sums.tolist(),
+                    largest=float(self.largest))
+
+    @classmethod
+    def from_json(cls, found:dict):
+        "The histogram of `to_json`."
+        self = cls()
+        self.counts[found['first']:found['first']+len(found['counts'])] = found['counts']
+        self.n, self.sums, self.largest = found['n'], np.array(found['sums']), found['largest']
+        return self
+
     def moment(self, k:int)->float:
         "k-th central moment, 2 to 4."
         m, m2, m3, m4 = self.sums/self.n
@@ -146,6 +161,15 @@ class LossDistributions(NamedTuple):
     token_error:LogHistogram # the same, mean over the channels of a token
     beta:float               # the error from which on the loss is linear, mean over batches
     beyond_beta:float        # share of channels whose error is larger
+
+    def to_json(self)->dict:
+        "All of it, for a file."
+        return {k: v.to_json() if isinstance(v, LogHistogram) else v for k, v in self._asdict().items()}
+
+    @classmethod
+    def from_json(cls, found:dict):
+        "The distributions of `to_json`."
+        return cls(**{k: LogHistogram.from_json(v) if isinstance(v, dict) else v for k, v in found.items()})
 
 def loss_values(
     jepa:JEPA,            # encoder, teacher and predictor

@@ -200,7 +200,7 @@ def read_sets(
 # %% ../nbs/70_tiers.ipynb #5e5266f4
 TIER_KEYS = dict(tier=str, threads=int, rates=str, data=dict, settings=dict, runs=dict, eval=dict, depth=dict,
                  ranks=dict, measures=dict, ood=dict, pooling=dict, figures=dict, seconds=dict)
-RUN_KEYS = ('recipe', 'seeds', 'settings', 'eval', 'probe', 'baseline', 'resumes', 'export')
+RUN_KEYS = ('recipe', 'seeds', 'settings', 'eval', 'probe', 'baseline', 'resumes', 'export', 'weights')
 SCENE_KEYS = ('kind', 'images', 'side', 'seed', 'style')
 DEPTH_OPTIONS = ('train', 'test') # images of a depth head; the rest are settings of DepthConfig
 
@@ -261,9 +261,10 @@ def check_run(tier:dict, name:str):
     for k in run: require_name(f'entry of run {name}', k, RUN_KEYS)
     check_entry(f'run {name}: settings', run.get('settings', {}))
     check_entry(f'run {name}: eval', run.get('eval', {}), EVAL_KEYS)
-    if run.get('export', True) not in (True, False, 'teacher', 'results') or type(run.get('export',
-                                                                                            True)) not in (bool, str):
-        raise CliError(f"run {name}: export should be true, false, teacher or results, not {shown(run['export'])}")
+    export = run.get('export', True)
+    if export not in (True, False, 'teacher') or type(export) not in (bool, str):
+        raise CliError(f"run {name}: export should be true, false or teacher, not {shown(export)}")
+    check_value(f'run {name}: weights', run.get('weights', 0), int)
     for k in ('probe', 'baseline'): check_value(f'run {name}: {k}', run.get(k, True), bool)
     seeds = run.get('seeds', [0])
     is_list = isinstance(seeds, list) and 0 < len(seeds) <= 1000 and len(set(map(str, seeds))) == len(seeds)

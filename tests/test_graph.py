@@ -263,8 +263,8 @@ def test_poolings(tmp_path):
 
 def test_measures_of_an_experiment(tmp_path):
     """A run that a figure of nbs/beyond reads is measured; a changed number of images measures again, and nothing else.
-    Of a run with export: results everything but its weights is committed."""
-    runs = RUN | dict(fn_tanh=RUN['fn_tanh'] | dict(export='results'))
+    Of a run with weights: 0 everything but its weights is committed."""
+    runs = RUN | dict(fn_tanh=RUN['fn_tanh'] | dict(weights=0))
     fig = dict(beyond_norm_or_beta=dict(runs=dict(cells=['fn_tanh'])))
     tier = TIER | dict(runs=runs, measures=dict(images=20), figures=TIER['figures'] | fig)
     folder = clone(tmp_path/'tree', tier)
