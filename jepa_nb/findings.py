@@ -18,15 +18,15 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from .answers import read_answers
 from .files import RunError, repo_root as repository, short_path
 from .progress import wrap_text
 from .stats import UNTESTED, VERDICTS, bootstrap
 
 # %% ../nbs/73_findings.ipynb #f733865c
 RUN_PAIRS = dict(FN=dict(LayerNorm='fn_ln', DynTanh='fn_tanh'), EC={'I-JEPA':'ec_ijepa', 'EC-IJEPA':'ec_ec'})
-RESULT_KEYS = {'linear probe':('acc_chosen', 'correct'), 'k-NN':('knn_chosen', 'knn_correct'),
-               'depth RMSE':('rmse_oracle', 'rmse_oracle'),
-               'constant map':('rmse_oracle', 'constant_rmse_oracle')} # measure -> key of the JSON, key of the NPZ
+RESULT_KEYS = {'linear probe':'acc_late', 'k-NN':'knn_late', # see `read_answers`
+               'depth RMSE':'rmse_oracle', 'constant map':'constant_rmse_oracle'} # keys of the NPZ
 
 class ImageScores(NamedTuple):
     "One evaluation of one seed."
@@ -40,23 +40,22 @@ def read_scores(
     path:Path,    # the JSON of an evaluation
     measure:str,  # a key of RESULT_KEYS
 )->ImageScores|None: # None where there is no such evaluation
-    "Read the scores of every test image at the chosen depth; raises RunError for a damaged file."
+    "Read the scores of every test image, of probes at the late depths; raises RunError for a damaged file."
     if not path.is_file(): return None
-    result, (mean, key) = json.loads(path.read_text()), RESULT_KEYS[measure]
-    is_depth = key.endswith('rmse_oracle')
-    scale = 1 if is_depth else 100
-    value = result['constant'][mean] if measure == 'constant map' else result[mean]
-    scores = index = None
-    if (file := path.with_suffix('.npz')).is_file():
-        try:
-            with np.load(file, allow_pickle=False) as z: kept = dict(z)
-            row = kept[key] if is_depth else kept[key][result['depths'].index(result['chosen_depth'])]
-            scores = scale*row.astype(float)
-        except (OSError, ValueError, EOFError, KeyError, IndexError, BadZipFile):
-            raise RunError(f"{short_path(file)}: damaged, not the answers of an evaluation; delete it and {path.name}, "
-                           "and evaluate again") from None
-        index = kept.get('index', np.arange(len(scores)))
-    return ImageScores(scale*value, scores, index, result['n_test'], result['data'])
+    result, key, file = json.loads(path.read_text()), RESULT_KEYS[measure], path.with_suffix('.npz')
+    try:
+        if not key.endswith('rmse_oracle'):
+            a = read_answers(path, key)
+            if a.score is None: a = read_answers(path, key.removesuffix('_late')) # of one depth
+            return ImageScores(100*a.score, a.values if a.values is None else 100*a.values, a.index, result['n_test'],
+                               a.data)
+        value, scores, index = (result['constant'] if measure == 'constant map' else result)['rmse_oracle'], None, None
+        if file.is_file():
+            with np.load(file, allow_pickle=False) as z: scores, index = z[key].astype(float), z['index']
+    except (OSError, ValueError, EOFError, KeyError, IndexError, BadZipFile):
+        raise RunError(f"{short_path(file)}: damaged, not the answers of an evaluation; delete it and {path.name}, "
+                       "and evaluate again") from None
+    return ImageScores(value, scores, index, result['n_test'], result['data'])
 
 # %% ../nbs/73_findings.ipynb #587e19e0
 def paired_difference(

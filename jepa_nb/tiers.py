@@ -200,6 +200,7 @@ def read_sets(
 # %% ../nbs/70_tiers.ipynb #5e5266f4
 TIER_KEYS = dict(tier=str, threads=int, rates=str, data=dict, settings=dict, runs=dict, eval=dict, depth=dict,
                  ranks=dict, measures=dict, ood=dict, pooling=dict, figures=dict, seconds=dict)
+# weights: of so many seeds, the first, weights are committed; of the others, and of all with 0, their results
 RUN_KEYS = ('recipe', 'seeds', 'settings', 'eval', 'probe', 'baseline', 'resumes', 'export', 'weights')
 SCENE_KEYS = ('kind', 'images', 'side', 'seed', 'style')
 DEPTH_OPTIONS = ('train', 'test') # images of a depth head; the rest are settings of DepthConfig
