@@ -52,7 +52,7 @@ def read_scores(
         value, scores, index = (result['constant'] if measure == 'constant map' else result)['rmse_oracle'], None, None
         if file.is_file():
             with np.load(file, allow_pickle=False) as z: scores, index = z[key].astype(float), z['index']
-    except (OSError, ValueError, EOFError, KeyError, IndexError, BadZipFile):
+    except (OSError, ValueError, TypeError, EOFError, KeyError, IndexError, BadZipFile):
         raise RunError(f"{short_path(file)}: damaged, not the answers of an evaluation; delete it and {path.name}, "
                        "and evaluate again") from None
     return ImageScores(value, scores, index, result['n_test'], result['data'])

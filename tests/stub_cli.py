@@ -13,7 +13,8 @@ import yaml
 
 from jepa_nb.launch import join_job_lock
 
-FOUND = dict(acc_chosen=.5, knn_chosen=.4, rmse_oracle=1., constant=dict(rmse_oracle=1.), n_test=4, data='x')
+FOUND = dict(acc_chosen=.5, knn_chosen=.4, acc_late=.5, knn_late=.4, rmse_oracle=1., constant=dict(rmse_oracle=1.),
+             n_test=4, data='x')
 join_job_lock()
 verb, *words = sys.argv[1:]
 given = dict(zip(words, words[1:]))
