@@ -216,7 +216,7 @@ class ResultFiles(RunFiles):
 
     def probes_on_the_way(self, runs)->list[str]:
         "Probes of the checkpoints that runs keep on their way."
-        kept = lambda run: self.all_runs[run].get('settings', {}).get('run.keep_at', [])
+        kept = lambda run: self.all_runs[run].get('settings', {}).get('run.keep_at', []) # of its own
         return [f'{f}/eval/probe-{step}.json' for r in runs for step in kept(r) for f in self.folders(r)]
 
     def ranks(self, runs)->list[str]:
