@@ -166,6 +166,24 @@ def ours(tier):
     return '\n'.join(ledger_table(rows)) if rows else f'No question of our own was measured at tier {tier} yet.'
 
 
+def trials(tier):
+    "The trials of the search for a recipe, one line each, and what was aimed at."
+    file = ROOT/'figures'/tier/'recipe_search.csv'
+    if not file.is_file(): return 'Not drawn yet.'
+    with open(file, newline='') as f: rows = list(csv.DictReader(f))
+    show = lambda r, k: f'{float(r[k]):.1f}' if r.get(k) else '–'
+    out = ['| trial | what it changes | images seen | minutes | linear probe | last four depths | k-NN |', '|---'*7+'|']
+    for r in rows:
+        if r['what'] == 'published': continue
+        if r['what'] == 'trial' and not int(float(r['is_end'])): continue
+        is_trial = r['what'] == 'trial'
+        seen = [f"{int(float(r['images'])):,}", show(r, 'minutes')] if is_trial else ['–']*2
+        name = f"{r['family']}: {r['trial']}" if is_trial else f"{r['trial']} {r['family'] or ''}".strip()
+        cells = [name, r['changed'] or '–', *seen, *(show(r, k) for k in ('acc_late', 'acc_last4', 'knn_late'))]
+        out.append(f"| {' | '.join(cells)} |")
+    return '\n'.join([*out, '', json.loads(file.with_suffix('.json').read_text())['claim']['ours']+'.'])
+
+
 def sentence(name, before, n):
     "What a figure measured, as it says itself, and what the ledger says on its claim: the interval stands there alone."
     def of(tier):
@@ -177,7 +195,7 @@ def sentence(name, before, n):
     return of
 
 
-BLOCKS = dict(table1=table1, ec=ec, claims=claims, ours=ours,
+BLOCKS = dict(trials=trials, table1=table1, ec=ec, claims=claims, ours=ours,
               depth=sentence('fn_fig11_depth_maps',
                              'Depth heads on NYU Depth V2, RMSE at the truth\'s own scale, LayerNorm → DynTanh:', 6),
               ranks=sentence('fn_fig9_rank_curves', 'Rank scores', 11),
