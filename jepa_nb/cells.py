@@ -33,7 +33,7 @@ class CellRun(NamedTuple):
 
 def run_folders(
     given,        # run folders, one of them, or None
-    names,        # names of the runs of the experiment's cells, for None; None: all there are
+    names,        # of the runs to look for where none is given; None: every run of the tier
     tier:str|None=None, # whose runs; None: beyond
     reads:str='measures', # the result that a run must have
 )->list[Path]:
@@ -73,7 +73,7 @@ def changed_settings(
     cfg,  # Config of a run
     base, # Config that it began at
 )->dict:  # 'encoder.dim' -> value of the run, of those settings of training that differ
-    "What a run changes of a recipe; its data, its length and its name are none of it."
+    "Settings in which a run differs from a recipe, without the groups data and run."
     ours, theirs = asdict(cfg), asdict(base)
     return {f'{s}.{k}': v for s, group in ours.items() if isinstance(group, dict) and s not in ('data', 'run')
             for k, v in group.items() if v != theirs[s][k]}

@@ -372,7 +372,7 @@ def images_seen(run)->int|None:
     return training_progress(run).get('images')
 
 # %% ../nbs/33_checkpoint.ipynb #c33cf42b
-EXPORTED = {'config.yaml', 'model.safetensors', 'trained.json', 'SHA256SUMS', 'log.jsonl', 'eval', '.lock'}
+EXPORTED = {'config.yaml', 'model.safetensors', 'trained.json', 'SHA256SUMS', 'log.jsonl', 'done.json', 'eval', '.lock'}
 
 def _copy_records(
     run:Path,       # run folder
@@ -390,11 +390,12 @@ def _check_replaceable(run, out, step):
     "Raise RunError where writing to `out` would remove more than an exported folder that can be written again."
     if not os.path.lexists(out): return
     names = {f.name for f in out.iterdir()} if out.is_dir() else None
-    is_export = names is not None and names <= EXPORTED and (not names or 'SHA256SUMS' in names)
+    is_export = names is not None and names <= EXPORTED and (not names or bool(names & {'SHA256SUMS', 'done.json'}))
     if not is_export or out.resolve() == run.resolve():
         raise RunError(f"{out}: exists and is no exported folder that may be replaced; give another name")
     if not names: return
-    try: _verify_export(out)
+    try:
+        if 'SHA256SUMS' in names or 'model.safetensors' in names: _verify_export(out)
     except RunError as e: raise RunError(f"{e}; it is not what was exported: remove it or give another name") from None
     files = lambda folder: {f.relative_to(folder).as_posix() for f in (folder/'eval').rglob('*') if f.is_file()}
     if lost := files(out)-(files(run) if step is None else set()):

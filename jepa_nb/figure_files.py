@@ -24,7 +24,7 @@ from PIL import Image
 
 from jepa_nb.files import (
     config_file, git_commit, machine, read_json, repo_root, sha256, short_path, training_progress, versions,
-    weights_file,
+    weights_file, weights_sha256,
     write_together,
 )
 from .recipes import load_config
@@ -271,7 +271,7 @@ def save_figure(
     png, text = png.getvalue(), table_csv(table)
     record = _plain(dict(
         figure=Path(out).name, tier=tier, claim=claim, parameters=params, commit=git_commit(),
-        checkpoints={short_path(c):sha256(w) for c in checkpoints if (w := weights_file(c))},
+        checkpoints={short_path(c):h for c in checkpoints if (h := weights_sha256(c))},
         masks=_masks_of(checkpoints), versions=versions(), machine=machine(),
         seconds=None if seconds is None else round(seconds, 1), scale=written_scale(fig), notes=notes,
         sha256=dict(csv=sha256(text.encode()), png=sha256(png))))
@@ -296,7 +296,9 @@ def weights_state(
 )->str:         # 'as drawn', 'changed' or 'not here'
     "Whether the weights behind a figure are still those it was drawn from."
     w = weights_file(root/path)
-    if w is None: return 'not here'
+    if w is None:
+        known = weights_sha256(root/path)
+        return 'not here' if known is None else 'as drawn' if known == want else 'changed'
     s = w.stat()
     return 'as drawn' if cached_sha256(w, s.st_size, s.st_mtime_ns) == want else 'changed'
 

@@ -6,7 +6,7 @@
 __all__ = ['DISK_ERRORS', 'MAX_JSON_FILE', 'repo_root', 'repo_path', 'short_path', 'RunError', 'WriteError', 'writing',
            'new_file', 'write_atomic', 'write_together', 'write_json', 'LogFile', 'check_writable', 'read_json',
            'present_folder', 'new_folder', 'sha256', 'git_commit', 'versions', 'machine', 'checkpoint_step',
-           'checkpoint_folders', 'weights_file', 'config_file', 'training_progress']
+           'checkpoint_folders', 'weights_file', 'config_file', 'training_progress', 'weights_sha256']
 
 # %% ../nbs/02_files.ipynb #0600606d
 import ctypes
@@ -295,3 +295,11 @@ def training_progress(
     files = [p for n in ('state.json', 'trained.json', 'done.json') if (p := folder/n).is_file()]
     try: return read_json(files[0]) if files else {}
     except ValueError as e: raise RunError(f"{files[0]}: {e}") from None
+
+def weights_sha256(
+    path:str|Path, # a run folder, a checkpoint, an exported folder, or the results of a run without its weights
+)->str|None:       # None where neither is there
+    "Checksum of the weights of a run, of those that are not here as done.json has it."
+    if weights := weights_file(path): return sha256(weights)
+    done = Path(path)/'done.json'
+    return read_json(done).get('sha256') if done.is_file() else None

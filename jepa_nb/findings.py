@@ -10,7 +10,6 @@ __all__ = ['RUN_PAIRS', 'RESULT_KEYS', 'SMOKE_NOTE', 'ACCURACY_WORDS', 'ERROR_WO
 
 # %% ../nbs/73_findings.ipynb #5c560236
 import csv
-import json
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from .answers import read_answers
-from .files import RunError, repo_root as repository, short_path
+from .files import RunError, read_json, repo_root as repository, short_path
 from .progress import wrap_text
 from .stats import UNTESTED, VERDICTS, bootstrap
 
@@ -42,20 +41,22 @@ def read_scores(
 )->ImageScores|None: # None where there is no such evaluation
     "Read the scores of every test image, of probes at the late depths; raises RunError for a damaged file."
     if not path.is_file(): return None
-    result, key, file = json.loads(path.read_text()), RESULT_KEYS[measure], path.with_suffix('.npz')
+    key, file = RESULT_KEYS[measure], path.with_suffix('.npz')
     try:
+        result, value, scores, index = read_json(path), None, None, None
         if not key.endswith('rmse_oracle'):
             a = read_answers(path, key)
             if a.score is None: a = read_answers(path, key.removesuffix('_late')) # of one depth
-            return ImageScores(100*a.score, a.values if a.values is None else 100*a.values, a.index, result['n_test'],
-                               a.data)
-        value, scores, index = (result['constant'] if measure == 'constant map' else result)['rmse_oracle'], None, None
-        if file.is_file():
-            with np.load(file, allow_pickle=False) as z: scores, index = z[key].astype(float), z['index']
-    except (OSError, ValueError, TypeError, EOFError, KeyError, IndexError, BadZipFile):
-        raise RunError(f"{short_path(file)}: damaged, not the answers of an evaluation; delete it and {path.name}, "
-                       "and evaluate again") from None
-    return ImageScores(value, scores, index, result['n_test'], result['data'])
+            value, scores, index = a.score, a.values, a.index
+        else:
+            value = (result['constant'] if measure == 'constant map' else result)['rmse_oracle']
+            if file.is_file():
+                with np.load(file, allow_pickle=False) as z: scores, index = z[key].astype(float), z['index']
+    except (OSError, ValueError, EOFError, KeyError, IndexError, BadZipFile):
+        raise RunError(f"{short_path(path)}: it or {file.name} is damaged; delete both, and evaluate again") from None
+    if value is None: raise RunError(f"{short_path(path)}: has no {measure}; evaluate again")
+    scale = 1 if key.endswith('rmse_oracle') else 100
+    return ImageScores(scale*value, scores if scores is None else scale*scores, index, result['n_test'], result['data'])
 
 # %% ../nbs/73_findings.ipynb #587e19e0
 def paired_difference(

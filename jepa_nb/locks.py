@@ -19,7 +19,7 @@ from _thread import interrupt_main
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .files import WriteError
+from .files import WriteError, sha256
 
 try: import fcntl
 except ImportError: fcntl = None # Windows
@@ -73,9 +73,13 @@ def _create(path, owner)->bool:
         try: os.link(tmp, path)
         except FileExistsError: return False
         except OSError: # this file system has no links
-            try:
-                with open(path, 'x') as f: f.write(text)
+            try: f = open(path, 'x')
             except FileExistsError: return False
+            try:
+                with f: f.write(text)
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
         return True
     finally: tmp.unlink(missing_ok=True)
 
@@ -110,13 +114,17 @@ class OwnerFile:
         return self._remove(path, other.get('token'))
 
     def _remove(self, path, token):
-        "Remove a dead owner's file. Only the owner of a second file may, whose name holds the dead one's token."
-        permit = path.with_name(f'{path.name}.{token}.dead')
+        "Remove a dead owner's file. Only the owner of a second file may, which is named after the dead one's token."
+        permit = path.with_name(f'{path.name}.{sha256(str(token).encode(), digits=16)}.dead')
         while not _create(permit, self.owner):
             if holder := self.holder(permit): return holder
+        is_mine = lambda: (_read_owner(permit) or {}).get('token') == self.owner['token']
         try:
-            if (_read_owner(path) or {}).get('token') == token: path.unlink(missing_ok=True)
-        finally: permit.unlink(missing_ok=True)
+            now = _read_owner(path)
+            is_same = now is not None and now.get('token') == token and self._is_dead(path, now)
+            if is_same and is_mine(): path.unlink(missing_ok=True)
+        finally:
+            if is_mine(): permit.unlink(missing_ok=True)
 
     def _is_dead(self, path, other):
         "Whether an owner has ended, or gave no sign of life for as long as this process watches."
@@ -195,6 +203,11 @@ def _try_lock(path, end):
     os.close(fd)
     return None, holder
 
+def _unlock(fd):
+    "Close a lock file."
+    _held.discard(fd)
+    os.close(fd)
+
 def announce_no_locks(
     path:Path,   # of the lock
     why,         # NoLocks
@@ -220,9 +233,12 @@ def file_lock(
     while True:
         try:
             fd, holder = _try_lock(path, end)
-            if fd is not None and (holder := file.holder()): # of a machine that mounts this file system without locks
-                _held.discard(fd)
-                fd = os.close(fd)
+            try: # a machine that mounts this file system without locks may hold it
+                if fd is not None: holder = file.holder()
+            except OSError as e:
+                fd = _unlock(fd)
+                raise WriteError(f"{_shown(path)}: cannot be written: {e.strerror}") from None
+            if fd is not None and holder: fd = _unlock(fd)
         except NoLocks as e:
             announce_no_locks(path, e, say, f'{file.path.name} takes their place')
             try: holder = file.acquire()
@@ -234,9 +250,7 @@ def file_lock(
     try: yield
     finally:
         if fd is None: file.release()
-        elif fd in _held: # not in a forked process
-            _held.discard(fd)
-            os.close(fd)
+        elif fd in _held: _unlock(fd) # not in a forked process
 
 # %% ../nbs/07_locks.ipynb #a3957ac4
 def join_lock(

@@ -25,10 +25,14 @@ from .result_files import add_late, free_name, late_depths
 from .sources import data_fingerprint, size_fingerprint
 
 # %% ../nbs/44_results.ipynb #6888aca5
+def _seed_number(folder:Path)->tuple:
+    digits = folder.name.removeprefix('seed')
+    return (0, int(digits), '') if digits.isdigit() else (1, 0, digits)
+
 def _seeds(home:Path, name:str)->list[Path]:
     """The folders of a run, one per seed: those with weights that ended on this machine; of committed runs also those
     that have results alone."""
-    found, ended = sorted((home/name).glob('seed*')), lambda p: (p/'done.json').is_file()
+    found, ended = sorted((home/name).glob('seed*'), key=_seed_number), lambda p: (p/'done.json').is_file()
     if home.name == 'checkpoints': return [p for p in found if weights_file(p) or ended(p)]
     return [p for p in found if weights_file(p) and ended(p)]
 
@@ -69,11 +73,15 @@ def find_runs(
     given,               # run folders, one per seed; one of them; or None
     name:str,            # of the run, for None
     home:Path|None=None, # where to look for it then, see `runs_home`; None: where the best are
+    opened:bool=False,   # their weights are read: where none is given, those without are left out, which is printed
 )->list[Path]:
     "The runs that a figure is about."
     if given is None:
         home = home or runs_home((), (name,))
-        if found := _seeds(home, name): return found
+        found = _seeds(home, name)
+        kept = [p for p in found if not opened or weights_file(p)]
+        if kept != found: print(f'{name}: {len(kept)} of {len(found)} runs; the weights of the others are not here')
+        if kept: return kept
         raise RunError(f"no run given for {name}, and none in {short_path(home)}; pass run folders")
     found = [repo_path(p) for p in ([given] if isinstance(given, (str, Path)) else given)]
     if not found: raise RunError(f"no run given for {name}")
@@ -136,19 +144,21 @@ def run_result(
     file, params = run/'eval'/f'{name}.json', json.loads(json.dumps(params, default=str))
     if weights:
         found = json.loads(json.dumps(compute(), default=float))
-        if (run/'checkpoints').is_dir():
-            file.parent.mkdir(exist_ok=True)
-            record = dict(params=params, checkpoint_sha256=sha256(weights), result=found)
-            with new_file(file) as f: f.write_text(json.dumps(record)+'\n')
+        if repo_root().resolve()/'figures' in run.resolve().parents: return found # committed
+        file.parent.mkdir(exist_ok=True)
+        record = dict(params=params, checkpoint_sha256=sha256(weights), result=found)
+        with new_file(file) as f: f.write_text(json.dumps(record)+'\n')
         return found
+    again = '`make reproduce` measures it again'
     if not file.is_file():
-        raise RunError(f"{short_path(run)}: its weights are not committed, and neither is eval/{name}.json; "
-                       f"`make reproduce` makes them")
-    kept = read_json(file)
-    if differ := [k for k in kept['params'].keys() | params.keys() if kept['params'].get(k) != params.get(k)]:
-        k = min(differ)
-        raise RunError(f"{short_path(file)}: is of {k}={kept['params'].get(k)}, not of {k}={params.get(k)}, and the "
-                       "weights of this run are not committed; `make reproduce` makes them")
+        raise RunError(f"{short_path(run)}: neither its weights are here nor eval/{name}.json; {again}")
+    kept, done = read_json(file), read_json(run/'done.json')
+    if kept['checkpoint_sha256'] != done['sha256']:
+        raise RunError(f"{short_path(file)}: was measured on other weights than those of this run; {again}")
+    for k in sorted(kept['params'].keys() | params.keys()):
+        if (old := kept['params'].get(k)) != (new := params.get(k)):
+            raise RunError(f"{short_path(file)}: was measured with {k}={old}, the figure asks for {new}, and the "
+                           f"weights of this run are not here; {again}")
     return kept['result']
 
 # %% ../nbs/44_results.ipynb #053f8137

@@ -200,7 +200,7 @@ def read_sets(
 # %% ../nbs/70_tiers.ipynb #5e5266f4
 TIER_KEYS = dict(tier=str, threads=int, rates=str, data=dict, settings=dict, runs=dict, eval=dict, depth=dict,
                  ranks=dict, measures=dict, ood=dict, pooling=dict, figures=dict, seconds=dict)
-# weights: of so many seeds, the first, weights are committed; of the others, and of all with 0, their results
+# weights: N commits the weights of the first N seeds, and of the others what was measured; default: the weights of all
 RUN_KEYS = ('recipe', 'seeds', 'settings', 'eval', 'probe', 'baseline', 'resumes', 'export', 'weights')
 SCENE_KEYS = ('kind', 'images', 'side', 'seed', 'style')
 DEPTH_OPTIONS = ('train', 'test') # images of a depth head; the rest are settings of DepthConfig
@@ -264,7 +264,8 @@ def check_run(tier:dict, name:str):
     check_entry(f'run {name}: eval', run.get('eval', {}), EVAL_KEYS)
     export = run.get('export', True)
     if export not in (True, False, 'teacher') or type(export) not in (bool, str):
-        raise CliError(f"run {name}: export should be true, false or teacher, not {shown(export)}")
+        hint = '; `weights: 0` commits results alone' if export == 'results' else ''
+        raise CliError(f"run {name}: export should be true, false or teacher, not {shown(export)}{hint}")
     check_value(f'run {name}: weights', run.get('weights', 0), int)
     for k in ('probe', 'baseline'): check_value(f'run {name}: {k}', run.get(k, True), bool)
     seeds = run.get('seeds', [0])

@@ -33,7 +33,7 @@ from jepa_nb.checkpoint import read_log, run_lock
 from jepa_nb.cli import is_refusal, main, run_notebook
 from jepa_nb.devices import StopSignals, run_guard
 from jepa_nb.figure_files import save_figure
-from jepa_nb.files import LogFile, RunError, WriteError
+from jepa_nb.files import LogFile, RunError, WriteError, sha256
 from jepa_nb.loader import loader
 from jepa_nb.locks import OwnerFile, file_lock, is_alive, lock_owner
 from jepa_nb.processes import workers_that_fit
@@ -181,9 +181,22 @@ def test_one_that_comes_late_to_a_take_over_leaves_the_new_owner(tmp_path, no_fl
     first.release()
 
 
+def test_an_owner_file_without_a_record_is_taken_over_once(tmp_path, no_flock, monkeypatch):
+    "A disk was full when it was written. Two processes watched it for long enough; the slower one removes nothing."
+    path, clock = tmp_path/'.lock.owner', time.monotonic()
+    path.write_text('')
+    first, late = OwnerFile(path), OwnerFile(path)
+    assert first.acquire() == late.acquire() == 'another process'
+    monkeypatch.setattr(locks.time, 'monotonic', lambda: clock+locks.STALE+1)
+    assert first.acquire() is None
+    assert late._remove(path, None) is None and json.loads(path.read_text()) == first.owner
+    first.release()
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_that_dies_while_it_takes_over_is_taken_over_from(tmp_path, no_flock):
     path = tmp_path/'.lock.owner'
-    for file, token in ((path, 'old'), (tmp_path/'.lock.owner.old.dead', 'older')):
+    for file, token in ((path, 'old'), (tmp_path/f".lock.owner.{sha256(b'old', digits=16)}.dead", 'older')):
         file.write_text(json.dumps(lock_owner() | dict(started='1', token=token)))
     mine = OwnerFile(path)
     assert mine.acquire() is None and list(tmp_path.iterdir()) == [path]

@@ -16,6 +16,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from jepa_nb.graph import Graph
+from jepa_nb.tiers import read_tier
+
 TIERS = sorted(p.stem for p in (ROOT/'params').glob('*.yaml'))
 NOTEBOOK = ('{"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, '
             '"source": ["ln = None\\n", "dyntanh = None\\n", "images = 4\\n", "out = None"]}]}')
@@ -292,6 +295,34 @@ def test_measures_of_an_experiment(tmp_path):
     there = folder/'figures/tiny/checkpoints/fn_tanh/seed1'
     assert sorted(p.name for p in there.rglob('*') if p.is_file()) == ['config.yaml', 'done.json', 'measures.json',
                                                                        'probe.json']
+
+
+def test_weights_of_the_first_seeds(tmp_path, monkeypatch):
+    "With weights: 1 the first seed's weights are committed, and of the second what was measured; a figure needs both."
+    folder = clone(tmp_path/'tree', TIER | dict(runs=RUN | dict(fn_tanh=RUN['fn_tanh'] | dict(weights=1)),
+                                                figures=dict(fn_energy=dict(runs=dict(dyntanh='fn_tanh')))))
+    (folder/'nbs/figures/fn_energy.ipynb').write_text(NOTEBOOK)
+    monkeypatch.chdir(folder)
+    tier = read_tier('params/tiny.yaml')
+    g, home = Graph(tier), 'figures/tiny/checkpoints/fn_tanh'
+    mine = [f.removeprefix(home) for f in g.committed_files() if f.startswith(home)]
+    assert mine == ['/seed0/model.safetensors', '/seed1/done.json']
+    assert g.kept_results('fn_tanh', 0) == []
+    assert g.kept_results('fn_tanh', 1) == ['runs/tiny/fn_tanh/seed1/eval/fn_energy.json']
+    for f in (*mine, '/seed0/eval/probe.json', '/seed1/eval/probe.json'):
+        (folder/(home+f)).parent.mkdir(parents=True, exist_ok=True)
+        (folder/(home+f)).write_text('{}')
+    for f in g.committed_baselines():
+        file = folder/g.committed_path(f)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text('{}')
+    committed = Graph(tier | dict(committed=True))
+    lacking = home+'/seed1/eval/fn_energy.json'
+    assert committed.not_committed('fn_energy') == lacking
+    (folder/lacking).write_text('{}')
+    assert committed.not_committed('fn_energy') is None
+    (folder/home/'seed0/model.safetensors').unlink()
+    assert committed.not_committed('fn_energy') == home+'/seed0/model.safetensors'
 
 
 @pytest.mark.parametrize('pooling, said', [

@@ -178,7 +178,8 @@ def trials(tier):
         if r['what'] == 'trial' and not int(float(r['is_end'])): continue
         is_trial = r['what'] == 'trial'
         seen = [f"{int(float(r['images'])):,}", show(r, 'minutes')] if is_trial else ['–']*2
-        name = f"{r['family']}: {r['trial']}" if is_trial else f"{r['trial']} {r['family'] or ''}".strip()
+        of = f" of {r['family']}" if r['family'] else ''
+        name = f"{r['family']}: {r['trial']}" if is_trial else r['trial']+of
         cells = [name, r['changed'] or '–', *seen, *(show(r, k) for k in ('acc_late', 'acc_last4', 'knn_late'))]
         out.append(f"| {' | '.join(cells)} |")
     return '\n'.join([*out, '', json.loads(file.with_suffix('.json').read_text())['claim']['ours']+'.'])
