@@ -116,7 +116,8 @@ def test_without_answers_per_image_no_interval(tree):
 
 def test_a_damaged_file_is_named(tree):
     (tree/'runs/quick/fn_ln/seed0/eval/probe.npz').write_bytes(b'PK no')
-    with pytest.raises(RunError, match='seed0/eval/probe.json: it or probe.npz is damaged.*evaluate again'): findings('quick', tree)
+    with pytest.raises(RunError, match='seed0/eval/probe.json: it or probe.npz is damaged.*evaluate again'):
+        findings('quick', tree)
 
 
 def test_seeds_of_other_images_are_not_mixed(tree):
