@@ -2,6 +2,7 @@
 # make reproduce TIER=small DATA=folder     the same on real images; DATA holds cifar10/train-*.tar.gz
 # make reproduce SEED=7     the same with other seeds: of the runs, and of the images that are rendered
 # make figures TIER=small   redraw from the committed checkpoints, no training
+# make evaluate TIER=medium DATA=folder     evaluate the committed weights again and draw, no training
 # make export TIER=small      keep small checkpoints of a tier's runs beside its figures
 # make test                 every notebook and every test
 # make report             build report/index.html from whatever is there: findings, claims, figures, notebooks, API
@@ -16,11 +17,11 @@ CORES  ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
             $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 export TIER SEED
-reproduce figures dry export: export DATA := $(DATA)
+reproduce figures evaluate dry export: export DATA := $(DATA)
 ## a value reaches the shell as a variable of the environment, so that quotes and the like in it are not read as commands
 RUN     = JEPA_NB_PARENT=$$PPID exec .venv/bin/python -m jepa_nb.cli reproduce --tier "$$TIER" --cores "$(CORES)" --data "$$DATA" $${SEED:+--seed "$$SEED"}
 
-.PHONY: help setup reproduce figures export dry report test lab
+.PHONY: help setup reproduce figures evaluate export dry report test lab
 .DEFAULT_GOAL := help
 help:
 	@sed -n 's/^# //p' Makefile
@@ -32,6 +33,8 @@ reproduce: setup
 	@$(RUN)
 figures: setup
 	@$(RUN) --committed
+evaluate: setup
+	@$(RUN) --evaluate
 export: setup
 	@$(RUN) export
 dry: setup

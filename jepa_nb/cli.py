@@ -367,9 +367,12 @@ def convert_command(source, out, **kw):
               help="Added to every seed of the tier: the runs', and those of rendered images.")
 @click.option('--committed', is_flag=True,
               help='Redraw from the checkpoints in figures/<tier>/checkpoints, without training.')
+@click.option('--evaluate', is_flag=True,
+              help='Evaluate the weights in figures/<tier>/checkpoints again, without training; results are in '
+              'runs/<tier>-weights.')
 @click.option('--dry', is_flag=True, help='Only say what would run, how long that is planned to take, and why.')
 @click.argument('more', nargs=-1, metavar='[SNAKEMAKE OPTION]...')
-def reproduce_command(tier, cores, folder, seed, committed, dry, more):
+def reproduce_command(tier, cores, folder, seed, committed, evaluate, dry, more):
     "Run the graph of a tier: data, runs, evaluations, figures, report. Words after -- go to Snakemake."
     from jepa_nb.cost import hours_lines, planned_training
     from jepa_nb.launch import edited_figures, graph_environment, print_dry_run, run_graph, snakemake_command
@@ -377,7 +380,9 @@ def reproduce_command(tier, cores, folder, seed, committed, dry, more):
     in_clone()
     die_with_parent()
     settings = read_tier(tier_file(tier))
-    if seed and committed:
+    if committed and evaluate:
+        refuse("--committed draws from results that are there, --evaluate makes them again; give one of the two")
+    if seed and (committed or evaluate):
         refuse(f"--seed {seed}: committed checkpoints have the seeds that they were trained with; leave it out")
     if not committed:
         try: check_images(settings['data'], folder)
@@ -386,7 +391,7 @@ def reproduce_command(tier, cores, folder, seed, committed, dry, more):
             click.echo(f'jepa_nb: {e}', err=True) # what would run is printed nevertheless
     again = edited_figures(tier)
     for why in () if dry else again.values(): click.echo(f"jepa_nb: {'; '.join(why)}: it is drawn again", err=True)
-    command = snakemake_command(tier, cores, seed, committed, more, again)
+    command = snakemake_command(tier, cores, seed, committed, more, again, evaluate)
     if set(more) & set(ASKS): # answers a question and runs nothing
         raise SystemExit(subprocess.call(command, env=graph_environment(folder)))
     budget, rates = settings.get('seconds', {}), settings.get('rates')
@@ -394,7 +399,7 @@ def reproduce_command(tier, cores, folder, seed, committed, dry, more):
     if dry:
         print_dry_run(command, folder, budget, cores, tier)
         if rates: click.echo('\n'.join(hours_lines(settings, rates)))
-    else: run_graph(tier, folder, seed, cores, command, budget, committed)
+    else: run_graph(tier, folder, seed, cores, command, budget, committed, evaluate)
 
 @cli.command('report')
 @click.option('--out', default='report', show_default=True, metavar='DIR',

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from .recipes import eval_overrides, load_config, make_depth, untrained_fingerprint, yaml_word
 from jepa_nb.tiers import (
-    DEPTH_OPTIONS, EVAL_KEYS, as_overrides, figure_notebooks, measure_settings, missing_path, pooling_conditions,
-    pooling_evals, rank_settings, run_eval, run_sets, scenes_folder, with_seed,
+    DEPTH_OPTIONS, EVAL_KEYS, TAKEN, CliError, as_overrides, figure_notebooks, measure_settings, missing_path,
+    pooling_conditions, pooling_evals, rank_settings, run_eval, run_sets, scenes_folder, with_seed,
 )
 
 # %% ../nbs/71_graph.ipynb #d956f42b
@@ -344,7 +344,7 @@ class FigureFiles(JobWords):
         "The runs of a figure that are there: not every run has to be committed, and a figure does without the rest."
         given = self.tier['figures'].get(figure, {}).get('runs', {}).values()
         runs = [r for v in given for r in (v if isinstance(v, list) else [v])]
-        return [r for r in runs if not self.committed or os.path.isdir(f'{self.home}/{r}')]
+        return [r for r in runs if r in self.all_runs and (not self.committed or os.path.isdir(f'{self.home}/{r}'))]
 
     def figure_inputs(self, figure:str)->list[str]:
         "The files that a figure reads of its runs."
@@ -396,6 +396,27 @@ class CommittedFiles(FigureFiles):
         "The runs that are committed."
         return [r for r in self.probed if self.all_runs[r].get('export', True)]
 
+    def runs_with_weights(self)->dict:
+        """The runs of which every seed's weights are committed; notes name the others. Raises CliError where there are
+        none, or those of some seeds alone."""
+        kept = f'{self.figures_folder}/checkpoints'
+        file = lambda r, k: f'{kept}/{r}/seed{k}/model.safetensors'
+        there = {r: [k for k in self.seeds[r] if os.path.isfile(file(r, k))] for r in self.all_runs}
+        for r, seeds in there.items():
+            lacking = [k for k in self.seeds[r] if k not in seeds]
+            if seeds and lacking:
+                raise CliError(f'{file(r, lacking[0])} is not committed, and a figure of {r} would be drawn without '
+                               f'it; make reproduce TIER={self.name} trains all its seeds')
+            if lacking and r in self.probed: self.notes.append(f'{r}: left out, there is no {file(r, lacking[0])}')
+        if not any(there.values()):
+            raise CliError(f'{kept}: no weights are committed; make reproduce TIER={self.name} trains them')
+        return {r: self.all_runs[r] for r, seeds in there.items() if seeds}
+
+    def taken(self, run:str, seed)->str:
+        "The checksums of committed weights that are evaluated again."
+        file = Path(f'{self.figures_folder}/checkpoints/{run}/seed{seed}/SHA256SUMS')
+        return file.read_text() if file.is_file() else ''
+
     def committed_results(self, run:str, seed)->list[str]:
         "The results of one run that are committed beside its weights and its probe."
         folder = f'{self.work}/{run}/seed{seed}/'
@@ -441,12 +462,16 @@ class Graph(CommittedFiles):
         self.tier = tier | with_seed(tier, seed) if seed else tier
         self.folder, self.seed, self.committed, self.notes = folder, seed, bool(tier.get('committed')), []
         self.name, self.all_runs, self.data = self.tier['tier'], self.tier['runs'], self.tier['data']
-        self.work, self.figures_folder = f'runs/{self.name}', f'figures/{self.name}'
+        self.evaluates = bool(tier.get('evaluate')) # committed weights, without training
+        self.work, self.figures_folder = f"runs/{self.name}{TAKEN*self.evaluates}", f'figures/{self.name}'
         self.scenes = scenes_folder(self.name, seed)
         self.home = f'{self.figures_folder}/checkpoints' if self.committed else self.work
         self.seeds = {r: run.get('seeds', [0]) for r, run in self.all_runs.items()}
         # the others are read for their log
         self.probed = [r for r, run in self.all_runs.items() if run.get('probe', True)]
+        if self.evaluates:
+            self.all_runs = self.runs_with_weights()
+            self.probed = [r for r in self.probed if r in self.all_runs]
         heads = {k: v for k, v in self.tier.get('depth', {}).items() if k != 'runs'}
         heads = heads if self.committed else self.available(heads, 'depth head')
         self.depth_heads = {'depth' if k == 'main' else f'depth-{k}': v for k, v in heads.items()}
@@ -472,20 +497,25 @@ class Graph(CommittedFiles):
         if self.tier.get('depth') and 'depth' not in self.depth_heads: figures = [f for f in figures
             if f != 'fn_fig11_depth_maps']
         if self.tier.get('ood') and not self.set_names: figures = [f for f in figures if f != 'ec_table3_ood']
-        if not self.committed: return figures
+        if not self.committed and not self.evaluates: return figures
         missing, drawn = missing_path(self.data['test'], self.folder), []
         for f in figures:
             why = 'it measures the machine it runs on' if f == 'fn_throughput' else None
             if f in IMAGES_OF_RUNS and missing: why = f'there is no {missing}'
-            if not why and (file := self.not_committed(f)): why = f'{file} is not committed'
+            if not why and self.evaluates and self.lacks_runs(f): why = 'no weights of its runs are committed'
+            if not why and self.committed and (file := self.not_committed(f)): why = f'{file} is not committed'
             if why: self.notes.append(f'{f}: not redrawn, {why}')
             else: drawn.append(f)
         return drawn
 
+    def lacks_runs(self, figure:str)->bool:
+        "Whether a figure is about runs of which none is there."
+        return bool(self.tier['figures'][figure].get('runs')) and not self.figure_runs(figure)
+
     def not_committed(self, figure:str)->str|None:
         "The first thing that a figure reads and that is not committed; None where all is there."
         runs = self.figure_runs(figure)
-        if self.tier['figures'][figure].get('runs') and not runs: return f'a run of {figure}'
+        if self.lacks_runs(figure): return f'a run of {figure}'
         files = self.figure_inputs(figure)
         if figure in KEPT_RESULTS: files += [f for r in runs for k in self.seeds[r] for f in self.kept(figure, r, k)]
         if figure in (*IMAGES_OF_RUNS, 'fn_fig11_depth_maps'): # which open the first seed's

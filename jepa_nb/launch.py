@@ -27,7 +27,7 @@ import click
 from .files import write_atomic
 from .locks import file_lock, join_lock, wait_for_lock
 from .progress import Progress, duration, parse_job, plan_lines, last_lines, wall_seconds, wrap_text
-from .tiers import CliError, missing_path, read_tier, scenes_folder
+from .tiers import TAKEN, CliError, missing_path, read_tier, scenes_folder
 
 # %% ../nbs/74_launch.ipynb #cd43281d
 JOBS = Path('runs/.jobs.lock')
@@ -83,11 +83,13 @@ def snakemake_command(
     committed:bool=False, # redraw from the committed checkpoints
     more=(),              # words for Snakemake
     again=(),             # files that are made again though nothing that they are made of has changed
+    evaluate:bool=False,  # take the committed weights in place of training
 )->list[str]:
     "The command that runs the graph of a tier."
     words = ['--configfile', f'params/{tier}.yaml', '--cores', str(cores), *more]
     if again and not committed: words += ['--forcerun', *again]
     if committed: words += ['--forcerun', 'figure', '--config', 'committed=true']
+    elif evaluate: words += ['--config', 'evaluate=true']
     elif seed: words += ['--config', f'seed={seed}']
     return [sys.executable, '-m', 'snakemake', *words]
 
@@ -270,6 +272,7 @@ def print_plan(
     seed:int,  # added to every seed of the tier
     cores:int, # jobs side by side
     jobs,      # of `planned_jobs`
+    logs:Path, # the folder of their logs
 ):
     "Print what is about to run, and how long that is planned to take."
     if seed:
@@ -280,7 +283,7 @@ def print_plan(
         click.echo('\n'.join(wrap_text(text, 'seed    ')))
     cost = wall_seconds(jobs, cores)
     time_text = duration(cost) if cost else 'time not known'
-    text = f"{tier}: {len(jobs)} jobs, planned {time_text} on {cores} core{'s'*(cores > 1)}; logs in runs/{tier}/logs"
+    text = f"{tier}: {len(jobs)} jobs, planned {time_text} on {cores} core{'s'*(cores > 1)}; logs in {logs}"
     click.echo('\n'.join(wrap_text(text, 'plan    ')))
 
 def edited_figures(
@@ -319,16 +322,17 @@ def run_graph(
     command:list[str], # of `snakemake_command`
     budget:dict,       # `seconds` of the tier's file
     committed:bool,    # figures are redrawn from committed checkpoints
+    evaluate:bool=False, # committed weights are evaluated again
 ):
     "Plan and run a graph, alone, and print how it ended. Raises CliError where a job failed or somebody stopped it."
     with launch_lock():
         wait_for_earlier_jobs()
-        env, logs, start = graph_environment(folder), Path(f'runs/{tier}/logs'), time.monotonic()
+        env, logs, start = graph_environment(folder), Path(f"runs/{tier}{TAKEN*evaluate}/logs"), time.monotonic()
         jobs, notes = planned_jobs(command, env, budget)
         for note in () if committed else notes: click.echo('\n'.join(wrap_text(note, 'note    ')))
         code, progress, log = 0, Progress([], cores), logs/'snakemake.txt'
         if jobs:
-            print_plan(tier, seed, cores, jobs)
+            print_plan(tier, seed, cores, jobs, logs)
             code, progress = run_jobs(command, env, jobs, cores, budget, log)
             if progress.is_stopping or code < 0: raise CliError('stopped; the same command goes on from here')
             print_job_times(progress, logs/'seconds.tsv', time.monotonic()-start)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIGURE_FOLDERS', 'EVAL_KEYS', 'RANK_KEYS', 'MEASURE_KEYS', 'TIER_KEYS', 'RUN_KEYS', 'SCENE_KEYS', 'DEPTH_OPTIONS',
-           'RESERVED', 'CliError', 'require_name', 'check_entry', 'check_name', 'check_value', 'in_clone',
+           'RESERVED', 'TAKEN', 'CliError', 'require_name', 'check_entry', 'check_name', 'check_value', 'in_clone',
            'figure_notebooks', 'figure_notebook', 'figure_parameters', 'check_parameter', 'run_eval', 'pooling_evals',
            'pooling_conditions', 'pooling_name', 'rank_settings', 'measure_settings', 'run_sets', 'read_sets',
            'as_overrides', 'run_config', 'check_run_names', 'check_names', 'check_tier_data', 'check_run',
@@ -400,6 +400,8 @@ def tier_file(
     return f'params/{name}.yaml'
 
 # %% ../nbs/70_tiers.ipynb #090d7da3
+TAKEN = '-weights' # end of the folder in runs/ where the committed weights of a tier are evaluated again
+
 def scenes_folder(
     tier:str,
     seed:int=0, # added to every seed of the tier

@@ -498,7 +498,8 @@ def test_the_shell_gets_no_text_of_a_tier_unquoted():
               'params.only', 'CLI', 'WORK', 'FIGS'}
     for line in (ROOT/'workflow/Snakefile').read_text().splitlines():
         if not line.strip().startswith('shell:'): continue
-        for field in re.findall(r'\{([^{}]+)\}', line.replace('{{', '').replace('}}', '')): assert field in joined or field.endswith(':q'), (field, line)
+        for field in re.findall(r'\{([^{}]+)\}', line.replace('{{', '').replace('}}', '')):
+            assert field in joined or field.endswith(':q'), (field, line)
 
 
 # ---- evaluations

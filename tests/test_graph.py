@@ -325,6 +325,42 @@ def test_weights_of_the_first_seeds(tmp_path, monkeypatch):
     assert committed.not_committed('fn_energy') == home+'/seed0/model.safetensors'
 
 
+def test_committed_weights_are_evaluated_again(tmp_path):
+    """They stand for a training, in a folder of their own; a run without is left out, one with some of them is refused.
+    Changed weights are evaluated again, and nothing else."""
+    folder = clone(tmp_path/'tree')
+    said = make(folder, 'evaluate')
+    assert said.returncode and 'no weights are committed' in said.stderr
+    home = folder/'figures/tiny/checkpoints/fn_tanh'
+    for k in (0, 1):
+        (home/f'seed{k}').mkdir(parents=True)
+        for name in ('model.safetensors', 'config.yaml', 'SHA256SUMS'):
+            (home/f'seed{k}/{name}').write_text(f'{name} {k}')
+        (home/f'seed{k}/trained.json').write_text('{"step": 9}')
+    own = folder/'runs/tiny/fn_tanh/seed0/done.json'
+    own.parent.mkdir(parents=True)
+    own.write_text('of my own')
+    r = make(folder, 'evaluate')
+    assert r.returncode == 0, r.stdout+r.stderr
+    there = folder/'runs/tiny-weights'
+    assert {p.name for p in there.iterdir() if p.is_dir()} >= {'fn_tanh', 'baselines'} and not (there/'fn_ln').exists()
+    assert (there/'fn_tanh/seed1/model.safetensors').read_text() == 'model.safetensors 1'
+    assert json.loads((there/'fn_tanh/seed1/done.json').read_text()) == dict(step=9)
+    assert 'runs/tiny-weights/fn_tanh/seed1' in (there/'fn_tanh/seed1/eval/probe.json').read_text()
+    assert not list(folder.glob('runs/*/logs/train-*')) and own.read_text() == 'of my own'
+    words = json.loads((folder/'figures/tiny/a.json').read_text())['words']
+    assert words[words.index('ln')+1] == '[]'
+    jobs = lambda: re.findall(r'^(\w+) +(\d+) ', subprocess.run(
+        [sys.executable, '-m', 'jepa_nb.cli', 'reproduce', '--tier', 'tiny', '--evaluate', '--dry'], cwd=folder,
+        env=environment(), capture_output=True, text=True, timeout=300).stdout, re.M)
+    assert jobs() == []
+    (home/'seed1/SHA256SUMS').write_text('other weights')
+    assert dict(jobs())['take'] == '1' and dict(jobs())['evaluate'] == '1'
+    (home/'seed1/model.safetensors').unlink()
+    said = make(folder, 'evaluate')
+    assert said.returncode and 'seed1/model.safetensors is not committed' in said.stderr
+
+
 @pytest.mark.parametrize('pooling, said', [
     (dict(grid=[[4, 4]]), 'has no run'), (dict(run='fn_tnah', grid=[[4, 4]]), 'did you mean fn_tanh?'),
     (dict(run='fn_tanh', grid=[[2, 4], [4, 4]]), 'the stride no larger'),
