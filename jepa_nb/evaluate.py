@@ -29,7 +29,7 @@ from .conditioning import resolve_pooling
 from .config import Config
 from .eval_config import EvalConfig, RankConfig, SetConfig
 from .files import RunError, sha256, short_path, weights_file, write_atomic, write_together
-from .frozen import dataset_features, training_views
+from .frozen import dataset_features, feature_dtype, training_views
 from .heads import PROTOCOLS, FreshViews, head_probe
 from .images import DataError
 from .metrics import check_scores, lidar_config, rank_scores
@@ -87,8 +87,7 @@ def subject_features(
     depths = dict(all=None, last=[last], last4=range(max(last-3, 0), last+1))[cfg.layers]
     norm = 'both' if cfg.layers == 'all' else 'after'
     x = dataset_features(subject.encoder, source, subject.side, depths, norm, condition=cfg.condition, indices=indices,
-                view=view,
-                progress=progress)
+                         view=view, progress=progress, dtype=cfg.dtype)
     return rearrange(x, 'i D d -> i 1 (D d)') if cfg.layers == 'last4' else x
 
 # %% ../nbs/43_evaluate.ipynb #71eb2829
@@ -221,6 +220,7 @@ def describe(
         layers=cfg.layers,
         show=cfg.view, augment=cfg.augment, resize=PROTOCOLS[cfg.protocol].resize
         if cfg.protocol in PROTOCOLS else 'bilinear',
+        dtype='float32' if subject.encoder is None else feature_dtype(subject.encoder, cfg.dtype),
         views=f.views, fresh_views=f.fresh is not None, side=subject.side,
         condition=list(pooling) if pooling else 'off', stretched=subject.stretched,
         epochs=None if cfg.protocol == 'lbfgs' else probe.get('epochs', cfg.epochs or 50),

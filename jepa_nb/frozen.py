@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'center_square', 'squash', 'resize256_crop224', 'crop_and_flip', 'mirrored', 'training_views', 'load_encoder',
-           'warn_skipped', 'decoded_images', 'square_batches', 'dataset_features', 'resize_to_patches', 'read_images',
-           'encode_images']
+           'warn_skipped', 'decoded_images', 'square_batches', 'feature_dtype', 'dataset_features', 'resize_to_patches',
+           'read_images', 'encode_images']
 
 # %% ../nbs/40_frozen.ipynb #93089498
 import sys
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from .checkpoint import open_run
 from .conditioning import mean_includes_conditioning
+from .devices import multiplies_bfloat16
 from .features import batch_features
 from .images import BadImage, DataError, to_rgb
 from .patches import CROP_TRIES, center_crop, crop_box, resize
@@ -147,6 +148,14 @@ def square_batches(
             positions, images = [], []
     if images: yield positions, torch.stack(images)
 
+def feature_dtype(
+    encoder,
+    dtype:str, # float32 or mixed, see `EvalConfig`
+)->str:        # float32 or bfloat16
+    "What an encoder's products are computed in: bfloat16 where `mixed` asks for it and the device has instructions."
+    low = dtype == 'mixed' and multiplies_bfloat16(next(encoder.parameters()).device)
+    return 'bfloat16' if low else 'float32'
+
 @torch.inference_mode()
 def dataset_features(
     model,             # path of a run or checkpoint, JEPA (its teacher), or Encoder
@@ -162,6 +171,7 @@ def dataset_features(
     packed:bool=True,  # several images per row, or one; results agree up to floating-point rounding
     progress=None,     # text of a progress bar; None: none
     tokens:int=16_384, # tokens in a forward pass
+    dtype:str='float32', # or mixed, see `EvalConfig`
 )->Tensor:             # [i D d] float32, or [i D n d]; NaN for an image that could not be decoded
     "Features of the images of a source. Raises DataError where patches do not tile `side` or no image can be decoded."
     encoder = load_encoder(model)
@@ -169,9 +179,10 @@ def dataset_features(
     if side%patch:
         raise DataError(f"patches of {patch} px do not tile a side of {side} px; {side//patch*patch or patch} would do")
     indices, n, out = range(len(source)) if indices is None else indices, (side//patch)**2, None
-    per_row = max(1, 512//n) if packed else 1
+    per_row, low = max(1, 512//n) if packed else 1, feature_dtype(encoder, dtype) == 'bfloat16'
     for positions, images in square_batches(source, indices, side, max(per_row, tokens//n), progress, view):
-        h = batch_features(encoder, images, depths, norm, pool, condition, per_row).cpu()
+        with torch.autocast(next(encoder.parameters()).device.type, torch.bfloat16, enabled=low):
+            h = batch_features(encoder, images, depths, norm, pool, condition, per_row).cpu()
         if out is None: out = torch.full((len(indices), *h.shape[1:]), float('nan'))
         out[positions] = h
     if out is None: raise DataError(f"no image of {source.name} could be decoded")

@@ -183,10 +183,10 @@ def run_sets(
     tier:dict,
     run:str|None=None, # name of the run; None: raw pixels
 )->dict[str,dict]:     # settings by name
-    "The data sets of `ood` as one run is evaluated on them: a set without a side takes that of the run."
-    side = run_eval(tier, run).side if run else None
-    sets = {k: v for k, v in tier.get('ood', {}).items() if k != 'runs'}
-    return {k: (dict(side=side) if side else {}) | v for k, v in sets.items()}
+    "The data sets of `ood` as one run is evaluated on them: a set without a side or dtype takes that of the run."
+    of_run = run_eval(tier, run) if run else EvalConfig()
+    given = {k: getattr(of_run, k) for k in ('side', 'dtype') if getattr(of_run, k) != getattr(EvalConfig(), k)}
+    return {k: given | v for k, v in tier.get('ood', {}).items() if k != 'runs'}
 
 def read_sets(
     ood:dict,    # settings of data sets, by name; an entry `runs` is none
