@@ -230,4 +230,5 @@ def runs_text(
     if not any(counts): return f'no runs yet: `make reproduce TIER={tier}` makes them'
     few, many = min(counts), max(counts)
     seeds = f'{many}' if few == many else f'{few} to {many}'
-    return f"{sum(counts)} runs, {seeds} seeds a cell; dots: seeds; grey bands: smaller than is of interest"
+    seeds += ' seed'+'s'*(many != 1)
+    return f'{sum(counts)} runs, {seeds} a cell; dots: seeds; grey bands: smaller than is of interest'

@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+from jepa_nb.claims_ours import NORM_OR_BETA, norm_answer
 from jepa_nb.figure_files import stale_figures
 from jepa_nb.stats import UNTESTED, VERDICTS
 
@@ -166,6 +167,13 @@ def ours(tier):
     return '\n'.join(ledger_table(rows)) if rows else f'No question of our own was measured at tier {tier} yet.'
 
 
+def answer(tier):
+    "What the first experiment of our own found, in words, from its table."
+    file = ROOT/'figures'/tier/f'{NORM_OR_BETA}.csv'
+    if not file.is_file(): return 'Not drawn yet.'
+    with open(file, newline='') as f: return norm_answer(list(csv.DictReader(f)))
+
+
 def trials(tier):
     "The trials of the search for a recipe, one line each, and what was aimed at."
     file = ROOT/'figures'/tier/'recipe_search.csv'
@@ -196,7 +204,7 @@ def sentence(name, before, n):
     return of
 
 
-BLOCKS = dict(trials=trials, table1=table1, ec=ec, claims=claims, ours=ours,
+BLOCKS = dict(trials=trials, answer=answer, table1=table1, ec=ec, claims=claims, ours=ours,
               depth=sentence('fn_fig11_depth_maps',
                              'Depth heads on NYU Depth V2, RMSE at the truth\'s own scale, LayerNorm → DynTanh:', 6),
               ranks=sentence('fn_fig9_rank_curves', 'Rank scores', 11),
