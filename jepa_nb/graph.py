@@ -382,7 +382,8 @@ class CommittedFiles(FigureFiles):
         "Everything that is committed."
         files = []
         for r in self.committed_runs():
-            whole = ['model.safetensors', *(['eval/ranks.json'] if r in self.runs_read('ranks') else [])]
+            first = 'eval/probe.json' if self.evaluates else 'model.safetensors' # weights that were taken stay
+            whole = [first, *(['eval/ranks.json'] if r in self.runs_read('ranks') else [])]
             files += [f'{self.figures_folder}/checkpoints/{r}/seed{k}/{n}' for k in self.seeds[r]
                       for n in (whole if self.keeps_weights(r, k) else ['done.json'])]
         return files + [self.committed_path(f) for f in self.committed_baselines()]

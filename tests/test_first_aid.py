@@ -497,7 +497,7 @@ def test_the_shell_gets_no_text_of_a_tier_unquoted():
     joined = {'params.y', 'params.words', 'params.what', 'params.run', 'params.to', 'params.name', 'params.start',
               'params.only', 'CLI', 'WORK', 'FIGS'}
     for line in (ROOT/'workflow/Snakefile').read_text().splitlines():
-        if not line.strip().startswith('shell:'): continue
+        if not line.strip().startswith(('shell:', 'COPY = ')): continue
         for field in re.findall(r'\{([^{}]+)\}', line.replace('{{', '').replace('}}', '')):
             assert field in joined or field.endswith(':q'), (field, line)
 

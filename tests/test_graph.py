@@ -350,10 +350,14 @@ def test_committed_weights_are_evaluated_again(tmp_path):
     assert not list(folder.glob('runs/*/logs/train-*')) and own.read_text() == 'of my own'
     words = json.loads((folder/'figures/tiny/a.json').read_text())['words']
     assert words[words.index('ln')+1] == '[]'
-    jobs = lambda: re.findall(r'^(\w+) +(\d+) ', subprocess.run(
-        [sys.executable, '-m', 'jepa_nb.cli', 'reproduce', '--tier', 'tiny', '--evaluate', '--dry'], cwd=folder,
-        env=environment(), capture_output=True, text=True, timeout=300).stdout, re.M)
+    def again(*words):
+        command = [sys.executable, '-m', 'jepa_nb.cli', 'reproduce', '--tier', 'tiny', '--evaluate', *words]
+        return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+    jobs = lambda: re.findall(r'^(\w+) +(\d+) ', again('--dry').stdout, re.M)
     assert jobs() == []
+    assert again('--', 'export').returncode == 0 # results are replaced, weights are not
+    assert (home/'seed1/eval/probe.json').read_text() == (there/'fn_tanh/seed1/eval/probe.json').read_text()
+    assert (home/'seed1/model.safetensors').read_text() == 'model.safetensors 1' and (home.parent/'baselines').is_dir()
     (home/'seed1/SHA256SUMS').write_text('other weights')
     assert dict(jobs())['take'] == '1' and dict(jobs())['evaluate'] == '1'
     (home/'seed1/model.safetensors').unlink()
