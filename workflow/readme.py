@@ -187,7 +187,8 @@ def trials(tier):
         is_trial = r['what'] == 'trial'
         seen = [f"{int(float(r['images'])):,}", show(r, 'minutes')] if is_trial else ['–']*2
         of = f" of {r['family']}" if r['family'] else ''
-        name = f"{r['family']}: {r['trial']}" if is_trial else r['trial']+of
+        several = len({x['seed'] for x in rows if x['trial'] == r['trial']}) > 1
+        name = f"{r['family']}: {r['trial']}{', seed '+r['seed'] if several else ''}" if is_trial else r['trial']+of
         cells = [name, r['changed'] or '–', *seen, *(show(r, k) for k in ('acc_late', 'acc_last4', 'knn_late'))]
         out.append(f"| {' | '.join(cells)} |")
     return '\n'.join([*out, '', json.loads(file.with_suffix('.json').read_text())['claim']['ours']+'.'])
