@@ -2,7 +2,7 @@
 # make reproduce TIER=small DATA=folder     the same on real images; DATA holds cifar10/train-*.tar.gz
 # make reproduce SEED=7     the same with other seeds: of the runs, and of the images that are rendered
 # make figures TIER=small   redraw from the committed checkpoints, no training
-# make evaluate TIER=medium DATA=folder     evaluate the committed weights again and draw, no training
+# make evaluate TIER=medium DATA=folder     evaluate the committed weights again, no training; results replace those beside them
 # make export TIER=small      keep small checkpoints of a tier's runs beside its figures
 # make test                 every notebook and every test
 # make report             build report/index.html from whatever is there: findings, claims, figures, notebooks, API

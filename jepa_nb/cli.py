@@ -368,8 +368,8 @@ def convert_command(source, out, **kw):
 @click.option('--committed', is_flag=True,
               help='Redraw from the checkpoints in figures/<tier>/checkpoints, without training.')
 @click.option('--evaluate', is_flag=True,
-              help='Evaluate the weights in figures/<tier>/checkpoints again, without training; results are in '
-              'runs/<tier>-weights.')
+              help='Evaluate the weights in figures/<tier>/checkpoints again, without training; results replace those '
+              'beside them.')
 @click.option('--dry', is_flag=True, help='Only say what would run, how long that is planned to take, and why.')
 @click.argument('more', nargs=-1, metavar='[SNAKEMAKE OPTION]...')
 def reproduce_command(tier, cores, folder, seed, committed, evaluate, dry, more):

@@ -94,7 +94,7 @@ class EvalConfig:
     side:Side|None=None        # pixels of the square that is shown; None: the largest side of training
     # interpolate the position embeddings of training to `side`; else they are computed for it
     stretch:bool=False
-    # of the encoder's products: mixed is bfloat16 where the device has instructions for it, about three times as fast
+    # of the encoder's products: mixed is bfloat16 where the device has instructions for it, which is faster
     dtype:Literal['float32', 'mixed']='float32'
     # EC, conditioning of the encoder: off; kernel and stride of pooling; None: as in training
     condition:Pooling=None

@@ -65,13 +65,12 @@ def tier_of(
 )->str|None:
     "Return the tier that a run belongs to; None for a user's own runs."
     parts = Path(path).parts
-    candidates = [b.removesuffix('-weights') for a, b in zip(parts, parts[1:]) if a in ('runs', 'figures')]
+    candidates = [b for a, b in zip(parts, parts[1:]) if a in ('runs', 'figures')]
     return next((t for t in candidates if (repo_root()/'params'/f'{t}.yaml').is_file()), None)
 
 def _seconds(run:Path)->float|None:
     "Seconds of training of a run folder, from done.json or the last line of its log; None where neither is there."
-    done = json.loads((run/'done.json').read_text()) if (run/'done.json').is_file() else {}
-    if 'seconds' in done: return done['seconds']
+    if (run/'done.json').is_file(): return json.loads((run/'done.json').read_text()).get('seconds')
     lines = (run/'log.jsonl').read_text().splitlines() if (run/'log.jsonl').is_file() else []
     return json.loads(lines[-1]).get('seconds') if lines else None
 

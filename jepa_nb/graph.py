@@ -214,16 +214,17 @@ class ResultFiles(RunFiles):
 
     def digits(self)->list[str]:
         "The shards of scikit-learn's digits, which the graph makes where a set reads them."
-        return [f'{self.work}/data/digits/{split}-000000.tar' for split in ('train', 'test')]
+        return [f'runs/{self.name}/data/digits/{split}-000000.tar' for split in ('train', 'test')]
 
     def set_files(self)->list[str]:
         "The files of other data sets, as far as the graph makes them."
         read = [self.tier['ood'][s].get('data') for s in self.set_names]
-        return self.shards('train', 'test') + (self.digits() if f'{self.work}/data/digits' in read else [])
+        return self.shards('train', 'test') + (self.digits() if f'runs/{self.name}/data/digits' in read else [])
 
     def everything(self)->list[str]:
         "All results of the tier."
         if self.committed: return []
+        if self.evaluates: return self.committed_files()
         kinds = ('probes', 'baselines', 'heads', 'untrained_heads', 'sets', 'untrained_sets', 'pixel_sets', 'pools')
         found = self.weights(self.all_runs) + [f for kind in kinds for f in getattr(self, kind)(self.probed)]
         read = ('measures', 'probes_on_the_way')
@@ -356,7 +357,8 @@ class CommittedFiles(FigureFiles):
     def committed_results(self, run:str, seed)->list[str]:
         "The results of one run that are committed beside its weights and its probe."
         folder = f'{self.work}/{run}/seed{seed}/'
-        more = ('measures', 'probes_on_the_way') + (() if self.keeps_weights(run, seed) else ('ranks',))
+        more = ('measures',)+(() if self.evaluates else ('probes_on_the_way',))
+        if not self.keeps_weights(run, seed): more += ('ranks',)
         read = [k for k in more if run in self.runs_read(k)]
         return [f for kind in ('heads', 'sets', 'pools', *read) for f in getattr(self, kind)([run])
                 if f.startswith(folder)]
@@ -378,12 +380,18 @@ class CommittedFiles(FigureFiles):
         "Where a file of a run is exported to."
         return path.replace(self.work, f'{self.figures_folder}/checkpoints', 1)
 
+    def exports_ranks(self, run:str)->bool:
+        """Whether rank scores of a run are committed. Those of checkpoints on the way are not made again from the last
+        one's weights."""
+        if run not in self.runs_read('ranks'): return False
+        return not (self.evaluates and load_config(self.recipe(run), self.overrides(run, 0)).run.keep_at)
+
     def committed_files(self)->list[str]:
         "Everything that is committed."
         files = []
         for r in self.committed_runs():
             first = 'eval/probe.json' if self.evaluates else 'model.safetensors' # weights that were taken stay
-            whole = [first, *(['eval/ranks.json'] if r in self.runs_read('ranks') else [])]
+            whole = [first, *(['eval/ranks.json'] if self.exports_ranks(r) else [])]
             files += [f'{self.figures_folder}/checkpoints/{r}/seed{k}/{n}' for k in self.seeds[r]
                       for n in (whole if self.keeps_weights(r, k) else ['done.json'])]
         return files + [self.committed_path(f) for f in self.committed_baselines()]
@@ -400,7 +408,7 @@ class Graph(CommittedFiles):
         self.folder, self.seed, self.committed, self.notes = folder, seed, bool(tier.get('committed')), []
         self.name, self.all_runs, self.data = self.tier['tier'], self.tier['runs'], self.tier['data']
         self.evaluates = bool(tier.get('evaluate')) # committed weights, without training
-        self.work, self.figures_folder = f"runs/{self.name}{TAKEN*self.evaluates}", f'figures/{self.name}'
+        self.work, self.figures_folder = f"{TAKEN if self.evaluates else 'runs'}/{self.name}", f'figures/{self.name}'
         self.scenes = scenes_folder(self.name, seed)
         self.home = f'{self.figures_folder}/checkpoints' if self.committed else self.work
         self.seeds = {r: run.get('seeds', [0]) for r, run in self.all_runs.items()}
@@ -419,7 +427,7 @@ class Graph(CommittedFiles):
         named = self.tier.get('ood', {}).get('runs') or self.figure_runs('ec_table3_ood')
         self.set_runs = [r for r in self.all_runs if self.set_names and r in named]
         self.pool_names = list(pooling_evals(self.tier))
-        self.figures = self._drawable()
+        self.figures = [] if self.evaluates else self._drawable()
 
     def available(self, entries:dict, what:str)->dict:
         "The entries whose files under $DATA are there; a note says which are left out."
@@ -434,25 +442,20 @@ class Graph(CommittedFiles):
         if self.tier.get('depth') and 'depth' not in self.depth_heads: figures = [f for f in figures
             if f != 'fn_fig11_depth_maps']
         if self.tier.get('ood') and not self.set_names: figures = [f for f in figures if f != 'ec_table3_ood']
-        if not self.committed and not self.evaluates: return figures
+        if not self.committed: return figures
         missing, drawn = missing_path(self.data['test'], self.folder), []
         for f in figures:
             why = 'it measures the machine it runs on' if f == 'fn_throughput' else None
             if f in IMAGES_OF_RUNS and missing: why = f'there is no {missing}'
-            if not why and self.evaluates and self.lacks_runs(f): why = 'no weights of its runs are committed'
-            if not why and self.committed and (file := self.not_committed(f)): why = f'{file} is not committed'
+            if not why and (file := self.not_committed(f)): why = f'{file} is not committed'
             if why: self.notes.append(f'{f}: not redrawn, {why}')
             else: drawn.append(f)
         return drawn
 
-    def lacks_runs(self, figure:str)->bool:
-        "Whether a figure is about runs of which none is there."
-        return bool(self.tier['figures'][figure].get('runs')) and not self.figure_runs(figure)
-
     def not_committed(self, figure:str)->str|None:
         "The first thing that a figure reads and that is not committed; None where all is there."
         runs = self.figure_runs(figure)
-        if self.lacks_runs(figure): return f'a run of {figure}'
+        if self.tier['figures'][figure].get('runs') and not runs: return f'a run of {figure}'
         files = self.figure_inputs(figure)
         if figure in KEPT_RESULTS: files += [f for r in runs for k in self.seeds[r] for f in self.kept(figure, r, k)]
         if figure in (*IMAGES_OF_RUNS, 'fn_fig11_depth_maps'): # which open the first seed's

@@ -87,7 +87,7 @@ def snakemake_command(
 )->list[str]:
     "The command that runs the graph of a tier."
     words = ['--configfile', f'params/{tier}.yaml', '--cores', str(cores), *more]
-    if again and not committed: words += ['--forcerun', *again]
+    if again and not committed and not evaluate: words += ['--forcerun', *again]
     if committed: words += ['--forcerun', 'figure', '--config', 'committed=true']
     elif evaluate: words += ['--config', 'evaluate=true']
     elif seed: words += ['--config', f'seed={seed}']
@@ -327,7 +327,7 @@ def run_graph(
     "Plan and run a graph, alone, and print how it ended. Raises CliError where a job failed or somebody stopped it."
     with launch_lock():
         wait_for_earlier_jobs()
-        env, logs, start = graph_environment(folder), Path(f"runs/{tier}{TAKEN*evaluate}/logs"), time.monotonic()
+        env, logs, start = graph_environment(folder), Path(TAKEN if evaluate else 'runs')/tier/'logs', time.monotonic()
         jobs, notes = planned_jobs(command, env, budget)
         for note in () if committed else notes: click.echo('\n'.join(wrap_text(note, 'note    ')))
         code, progress, log = 0, Progress([], cores), logs/'snakemake.txt'
@@ -339,5 +339,8 @@ def run_graph(
         else: click.echo(f'{tier}: nothing to do, everything is up to date')
         print_stale_figures(tier)
         if committed: print_drawn_figures(tier, progress, notes)
-        else: click.echo('\n'.join(closing_lines(tier, folder, refresh_report(env, logs/'report.txt'))))
+        elif evaluate and not code:
+            text = f'results are beside the weights in figures/{tier}/checkpoints; make figures TIER={tier} draws them'
+            click.echo('\n'.join(wrap_text(text, 'next    ')))
+        elif not evaluate: click.echo('\n'.join(closing_lines(tier, folder, refresh_report(env, logs/'report.txt'))))
         if code: raise_missing(code, progress, log)

@@ -19,8 +19,8 @@ from .files import RunError
 SETTINGS = ( # of results, as their JSON names them
     'kind', 'run', 'seed', 'tier', 'set', 'features', 'norm', 'masks', 'untrained', 'train', 'train_data', 'test',
     'data', 'sizes', 'images', 'target', 'cuts', 'hold_out', 'released', 'protocol', 'layers', 'show', 'augment',
-    'resize', 'views', 'side', 'condition', 'conditioned', 'stretched', 'epochs', 'settings', 'n_train', 'n_test',
-    'rank_images', 'lidar_images', 'lidar_views')
+    'resize', 'views', 'side', 'dtype', 'condition', 'conditioned', 'stretched', 'epochs', 'settings', 'n_train',
+    'n_test', 'rank_images', 'lidar_images', 'lidar_views')
 
 def other_setting(
     old,     # a result as read from its file
@@ -29,6 +29,7 @@ def other_setting(
 )->str|None: # e.g. 'side=64, not 128'
     "The first setting in which two results differ; None where both answer the same question."
     if not isinstance(old, dict) or not any(k in old for k in SETTINGS): return 'no settings'
+    old = dict(dtype='float32') | old # the only one there was before it was kept
     name = next((k for k in (*SETTINGS, *further) if k in old and k in new and old[k] != new[k]), None)
     if name == 'sizes': return 'images of other sizes'
     if name == 'images': return 'other images'

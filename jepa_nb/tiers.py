@@ -400,7 +400,7 @@ def tier_file(
     return f'params/{name}.yaml'
 
 # %% ../nbs/70_tiers.ipynb #090d7da3
-TAKEN = '-weights' # end of the folder in runs/ where the committed weights of a tier are evaluated again
+TAKEN = 'runs/.weights' # where committed weights are evaluated again, a folder for each tier
 
 def scenes_folder(
     tier:str,

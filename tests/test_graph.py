@@ -326,40 +326,51 @@ def test_weights_of_the_first_seeds(tmp_path, monkeypatch):
 
 
 def test_committed_weights_are_evaluated_again(tmp_path):
-    """They stand for a training, in a folder of their own; a run without is left out, one with some of them is refused.
-    Changed weights are evaluated again, and nothing else."""
-    folder = clone(tmp_path/'tree')
+    """They stand for a training, in a folder of their own; their results are replaced, they and figures are not. A run
+    without weights is left out, one with some of them is refused. Changed weights are evaluated again, nothing else."""
+    folder = clone(tmp_path/'tree', TIER | dict(ood=dict(digits=dict(data='runs/tiny/data/digits', layers='last'),
+                                                         runs=['fn_tanh'])))
     said = make(folder, 'evaluate')
     assert said.returncode and 'no weights are committed' in said.stderr
-    home = folder/'figures/tiny/checkpoints/fn_tanh'
+    kept = folder/'figures/tiny/checkpoints'
+    home, there = kept/'fn_tanh', folder/'runs/.weights/tiny/fn_tanh'
     for k in (0, 1):
-        (home/f'seed{k}').mkdir(parents=True)
+        (home/f'seed{k}/eval').mkdir(parents=True)
         for name in ('model.safetensors', 'config.yaml', 'SHA256SUMS'):
             (home/f'seed{k}/{name}').write_text(f'{name} {k}')
         (home/f'seed{k}/trained.json').write_text('{"step": 9}')
+        (home/f'seed{k}/eval/probe.json').write_text('old')
     own = folder/'runs/tiny/fn_tanh/seed0/done.json'
     own.parent.mkdir(parents=True)
     own.write_text('of my own')
+    for f in ('runs/tiny/data/digits/train-000000.tar', 'runs/tiny/data/digits/test-000000.tar'):
+        (folder/f).parent.mkdir(parents=True, exist_ok=True)
+        (folder/f).write_text('')
     r = make(folder, 'evaluate')
     assert r.returncode == 0, r.stdout+r.stderr
-    there = folder/'runs/tiny-weights'
-    assert {p.name for p in there.iterdir() if p.is_dir()} >= {'fn_tanh', 'baselines'} and not (there/'fn_ln').exists()
-    assert (there/'fn_tanh/seed1/model.safetensors').read_text() == 'model.safetensors 1'
-    assert json.loads((there/'fn_tanh/seed1/done.json').read_text()) == dict(step=9)
-    assert 'runs/tiny-weights/fn_tanh/seed1' in (there/'fn_tanh/seed1/eval/probe.json').read_text()
-    assert not list(folder.glob('runs/*/logs/train-*')) and own.read_text() == 'of my own'
-    words = json.loads((folder/'figures/tiny/a.json').read_text())['words']
-    assert words[words.index('ln')+1] == '[]'
-    def again(*words):
-        command = [sys.executable, '-m', 'jepa_nb.cli', 'reproduce', '--tier', 'tiny', '--evaluate', *words]
-        return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
-    jobs = lambda: re.findall(r'^(\w+) +(\d+) ', again('--dry').stdout, re.M)
-    assert jobs() == []
-    assert again('--', 'export').returncode == 0 # results are replaced, weights are not
-    assert (home/'seed1/eval/probe.json').read_text() == (there/'fn_tanh/seed1/eval/probe.json').read_text()
-    assert (home/'seed1/model.safetensors').read_text() == 'model.safetensors 1' and (home.parent/'baselines').is_dir()
+    assert sorted(p.name for p in kept.iterdir()) == ['baselines', 'fn_tanh']
+    assert not list(folder.glob('figures/tiny/*.*'))
+    assert (there/'seed1/model.safetensors').read_text() == 'model.safetensors 1'
+    assert json.loads((there/'seed1/done.json').read_text()) == dict(step=9)
+    for k in (0, 1):
+        for name in ('probe', 'digits'):
+            found = (home/f'seed{k}/eval/{name}.json').read_text()
+            assert f'runs/.weights/tiny/fn_tanh/seed{k}' in found
+            assert found == (there/f'seed{k}/eval/{name}.json').read_text()
+        assert (home/f'seed{k}/model.safetensors').read_text() == f'model.safetensors {k}'
+    assert {p.name for p in (kept/'baselines').glob('*.json')} == {
+        'pixels.json', 'pixels-digits.json', *(f'fn_tanh-seed{k}{s}.json' for k in (0, 1) for s in ('', '-digits'))}
+    assert not list(folder.glob('runs/**/logs/train-*')) and own.read_text() == 'of my own'
+
+    def jobs():
+        command = [sys.executable, '-m', 'jepa_nb.cli', 'reproduce', '--tier', 'tiny', '--evaluate', '--dry']
+        r = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+        assert r.returncode == 0, r.stdout+r.stderr
+        return dict(re.findall(r'^(\w+) +(\d+) ', r.stdout, re.M))
+    assert jobs() == {}
     (home/'seed1/SHA256SUMS').write_text('other weights')
-    assert dict(jobs())['take'] == '1' and dict(jobs())['evaluate'] == '1'
+    assert {k: n for k, n in jobs().items() if k in ('take', 'evaluate', 'ood', 'random_init')} == dict(
+        take='1', evaluate='1', ood='1')
     (home/'seed1/model.safetensors').unlink()
     said = make(folder, 'evaluate')
     assert said.returncode and 'seed1/model.safetensors is not committed' in said.stderr
