@@ -6,7 +6,7 @@
 __all__ = ['OUTCOMES', 'NORM_OR_BETA', 'NORM_NAMES', 'BETA_NAMES', 'WHERE', 'CONDITIONING', 'ENERGY_WEIGHTS', 'KINDS', 'RANGES',
            'GAMMAS', 'OUR_CLAIMS', 'Contrast', 'add_weights', 'experiment_facts', 'learned', 'comparison',
            'contrast_rows', 'contrast_text', 'table_of', 'question', 'norm_cell', 'loss_free', 'norm_contrasts',
-           'beyond_contrasts', 'estimate_text', 'norm_answer', 'condition_cell', 'condition_contrasts', 'weight_cell',
+           'beyond_contrasts', 'norm_answer', 'condition_cell', 'condition_contrasts', 'weight_cell',
            'weight_contrasts']
 
 # %% ../nbs/52_claims_ours.ipynb #d199f74e
@@ -191,16 +191,11 @@ def beyond_contrasts()->list[Contrast]:
 # %% ../nbs/52_claims_ours.ipynb #a45e0002
 WHERE = dict(holds='above 0', fails='below 0', absent='smaller than is of interest', inconclusive='not decided')
 
-def estimate_text(
-    low,        # end of the interval; None: there is none
-    high,
-    mean,
-    verdict:str, # of the ledger
-)->str:
+def _in_words(e)->str:
     "An estimate as a number, its interval, and where that lies."
     number = lambda v: f'{v:+.3g}'.replace('-', '−')
-    span = '' if low is None else f' [{number(low)}, {number(high)}]'
-    return f'{number(mean)}{span}, {WHERE.get(verdict, verdict)}'
+    span = '' if e.low is None else f' [{number(e.low)}, {number(e.high)}]'
+    return f'{number(e.mean)}{span}, {WHERE.get(e.verdict, e.verdict)}'
 
 def norm_answer(
     rows:list[dict], # of the table
@@ -218,7 +213,7 @@ def norm_answer(
                 if outcome == 'acc_late': learned(experiment_facts(tables, (c,)), tables)
                 e = estimate(comparison(c), tables)
             except NotTestable as why: said.append(f'{asked[name]}: not tested, {why}')
-            else: said.append(f'{asked[name]}: {estimate_text(e.low, e.high, e.mean, e.verdict)}')
+            else: said.append(f'{asked[name]}: {_in_words(e)}')
         title = OUTCOMES[outcome][0]
         found.append(f"{title[0].upper()+title[1:]} — {'; '.join(said)}.")
     return ' '.join(found)
