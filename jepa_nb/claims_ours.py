@@ -207,8 +207,9 @@ def norm_answer(
                  beta="beta 1 against losses that follow the features' scale, over all norms",
                  scale='a smaller scale of LayerNorm at beta 1')
     for outcome in ('acc_late', 'tail_index', 'beyond_beta', 'energy_corr'):
-        said = []
-        for name, c in norm_contrasts(outcome).items():
+        said, contrasts = [], norm_contrasts(outcome)
+        for name in asked:
+            c = contrasts[name]
             try:
                 if outcome == 'acc_late': learned(experiment_facts(tables, (c,)), tables)
                 e = estimate(comparison(c), tables)
