@@ -199,8 +199,8 @@ def _in_words(e)->str:
 
 def norm_answer(
     rows:list[dict], # of the table
-)->str:
-    "What the first experiment found, one sentence for each contrast that has an answer, or why it has none."
+)->list[str]:
+    "What the first experiment found, a sentence for each outcome: every contrast, or why it has no answer."
     tables, found = Tables({NORM_OR_BETA: rows}), []
     asked = dict(norm='DynTanh − LayerNorm with beta out of the way',
                  interaction='what beta 1 adds to that, as FN compares them',
@@ -216,8 +216,8 @@ def norm_answer(
             except NotTestable as why: said.append(f'{asked[name]}: not tested, {why}')
             else: said.append(f'{asked[name]}: {_in_words(e)}')
         title = OUTCOMES[outcome][0]
-        found.append(f"{title[0].upper()+title[1:]} — {'; '.join(said)}.")
-    return ' '.join(found)
+        found.append(f"{title[0].upper()+title[1:]}. {'; '.join(said)}.")
+    return found
 
 
 # %% ../nbs/52_claims_ours.ipynb #6ece7106

@@ -171,7 +171,7 @@ def answer(tier):
     "What the first experiment of our own found, in words, from its table."
     file = ROOT/'figures'/tier/f'{NORM_OR_BETA}.csv'
     if not file.is_file(): return 'Not drawn yet.'
-    with open(file, newline='') as f: return norm_answer(list(csv.DictReader(f)))
+    with open(file, newline='') as f: return '\n'.join(f'- {x}' for x in norm_answer(list(csv.DictReader(f))))
 
 
 def trials(tier):
