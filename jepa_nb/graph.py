@@ -141,6 +141,7 @@ class ResultFiles(RunFiles):
     def keeps_weights(self, run:str, seed)->bool:
         "Whether the weights of a run are committed, not its results alone."
         seeds = self.seeds[run]
+        if self.evaluates: return True # weights that are there stay
         return int(seed) in seeds[:self.all_runs[run].get('weights', len(seeds))]
 
     def run_file(self, wildcards, name:str)->str:
@@ -342,8 +343,8 @@ class CommittedFiles(FigureFiles):
         for r, seeds in there.items():
             lacking = [k for k in self.seeds[r] if k not in seeds]
             if seeds and lacking:
-                raise CliError(f'{file(r, lacking[0])} is not committed, and a figure of {r} would be drawn without '
-                               f'it; make reproduce TIER={self.name} trains all its seeds')
+                raise CliError(f'{file(r, lacking[0])} is not committed, so not every seed of {r} can be evaluated '
+                               f'again; make reproduce TIER={self.name} trains them all')
             if lacking and r in self.probed: self.notes.append(f'{r}: left out, there is no {file(r, lacking[0])}')
         if not any(there.values()):
             raise CliError(f'{kept}: no weights are committed; make reproduce TIER={self.name} trains them')

@@ -328,8 +328,9 @@ def test_weights_of_the_first_seeds(tmp_path, monkeypatch):
 def test_committed_weights_are_evaluated_again(tmp_path):
     """They stand for a training, in a folder of their own; their results are replaced, they and figures are not. A run
     without weights is left out, one with some of them is refused. Changed weights are evaluated again, nothing else."""
-    folder = clone(tmp_path/'tree', TIER | dict(ood=dict(digits=dict(data='runs/tiny/data/digits', layers='last'),
-                                                         runs=['fn_tanh'])))
+    runs = RUN | dict(fn_tanh=RUN['fn_tanh'] | dict(weights=1)) # of both seeds they are there, and stay
+    digits = dict(data='runs/tiny/data/digits', layers='last')
+    folder = clone(tmp_path/'tree', TIER | dict(runs=runs, ood=dict(digits=digits, runs=['fn_tanh'])))
     said = make(folder, 'evaluate')
     assert said.returncode and 'no weights are committed' in said.stderr
     kept = folder/'figures/tiny/checkpoints'

@@ -1,3 +1,14 @@
+# Committed weights in place of a training, and what is exported beside the figures.
+if G.evaluates:
+    ruleorder: take > train
+    rule take: # committed weights in place of a training
+        output: RUN + "/done.json"
+        params: of=COMMITTED, run=RUN, y=lambda wc: G.taken(wc.run, wc.seed)
+        message: "take {wildcards.run} seed {wildcards.seed}"
+        shell:
+            "rm -rf {params.run:q}; mkdir -p {params.run:q}; cp {params.of:q}*.* {params.of:q}SHA256SUMS {params.run:q}/; "
+            "cp {params.of:q}trained.json {output:q}"
+
 # Exporting is not part of `all`: it replaces committed checkpoints.
 rule export:
     input: G.committed_files()
