@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import click
@@ -293,10 +294,13 @@ def depth_command(run, words, train_data, test_data, out, name, tier):
 @click.option('--out', metavar='FILE',
               help='Default: eval/ranks.json in the run folder, or eval/ranks_on_<images>/ranks.json; '
               'the probes of the checkpoints go beside it.')
+@click.option('--probe', 'probes', multiple=True, type=click.Path(exists=True, dir_okay=False), metavar='FILE',
+              help='A probe that is taken where it has the network, images and settings of one that is to be fitted; '
+              'more than once for several.')
 @tier_option
-def ranks_command(run, words, train_data, test_data, out, tier):
+def ranks_command(run, words, train_data, test_data, out, probes, tier):
     "RankMe, LiDAR and a probe of the checkpoints that RUN keeps (run.keep_at), e.g. ranks.lidar_views=10."
-    from jepa_nb.evaluate import rank_checkpoints
+    from jepa_nb.evaluate import rank_checkpoints, take_or_evaluate
     from jepa_nb.recipes import make_eval, make_ranks
     from jepa_nb.results import write_result
     scores, own, words = split_words(words, 'ranks', 'eval')
@@ -306,8 +310,9 @@ def ranks_command(run, words, train_data, test_data, out, tier):
     wanted = opened.wanted
     if wanted.name != 'ranks.json': wanted = wanted.with_suffix('')/'ranks.json' # its probes go beside it
     with opened.lock:
-        images, labels = opened.sources(cfg.hold_out), dict(tier=tier)
-        make = lambda path: rank_checkpoints(run, *images, ranks, cfg, path, labels, sys.stderr.isatty())
+        images, bars = opened.sources(cfg.hold_out), sys.stderr.isatty()
+        fit = partial(take_or_evaluate, files=probes, labels=dict(tier=tier), progress=bars)
+        make = lambda path: rank_checkpoints(run, *images, ranks, cfg, path, fit, bars)
         r, out = write_result(out, wanted, images, make, with_all=True)
     for c in r['checkpoints']: print_scores(r, c)
     click.echo(out)

@@ -168,6 +168,7 @@ class RankConfig:
     lidar_images:Annotated[Count, Field(ge=2)]=1000  # of LiDAR
     lidar_views:Annotated[Count, Field(ge=2)]=50     # of each of LiDAR's images
     conditioned:bool=True   # EC: condition the encoders as in training; false: no conditioning tokens
+    untrained:bool=True     # score the network before training, too
 
 @dataclass(frozen=True, config=STRICT)
 class MeasureConfig:

@@ -6,7 +6,7 @@
 __all__ = ['Subject', 'open_subject', 'subject_features', 'TaskFeatures', 'has_fresh_views', 'task_features', 'probe_features',
            'further_probes', 'evaluate', 'describe', 'describe_classes', 'summarise', 'answers_per_image',
            'write_answers', 'evaluate_sets', 'kept_checkpoints', 'step_of', 'has_part', 'score_checkpoint',
-           'rank_checkpoints']
+           'fitted_before', 'take_or_evaluate', 'rank_checkpoints']
 
 # %% ../nbs/43_evaluate.ipynb #934fac3f
 import io
@@ -23,12 +23,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .checkpoint import find_checkpoint, images_seen, open_run, random_model
-from .files import checkpoint_folders
-from .files import training_progress
 from .conditioning import resolve_pooling
 from .config import Config
 from .eval_config import EvalConfig, RankConfig, SetConfig
-from .files import RunError, sha256, short_path, weights_file, write_atomic, write_together
+from jepa_nb.files import (
+    RunError, checkpoint_folders, read_json, sha256, short_path, training_progress, weights_file, write_atomic,
+    write_together,
+)
 from .frozen import dataset_features, feature_dtype, training_views
 from .heads import PROTOCOLS, FreshViews, head_probe
 from .images import DataError
@@ -367,6 +368,42 @@ def score_checkpoint(
                        if progress else None,
                        student=student)
 
+def fitted_before(
+    run,            # a checkpoint, or a Config: that model before training
+    train,          # source that is fitted to
+    test,           # source that is tested on; None with `hold_out`
+    cfg:EvalConfig, # of the probe
+    files,          # JSON files of probes, their answers per image beside them
+)->Path|None:
+    "The first of the files that is a probe of this network on these images with these settings; None: there is none."
+    cfg = cfg.resolved()
+    subject, task = open_subject(run, cfg, 'cpu'), make_task(train, test, cfg)
+    plain = lambda x: json.loads(json.dumps(x))
+    wanted = dict(images=[data_fingerprint(s) for s in dict.fromkeys(s for s, *_ in task)],
+                  eval=plain(asdict(replace(cfg, side=subject.side))))
+    wanted |= (dict(checkpoint_sha256=sha256(weights_file(subject.checkpoint))) if subject.checkpoint else dict(
+        is_random=True, seed=run.run.seed, untrained=untrained_fingerprint(run), norm=run.encoder.norm_out))
+    for path in map(Path, files):
+        try: found = read_json(path)
+        except ValueError as e: raise RunError(f'{short_path(path)} {e}') from None
+        if path.with_suffix('.npz').is_file() and all(found.get(k) == v for k, v in wanted.items()): return path
+
+def take_or_evaluate(
+    run,            # as of `evaluate`, and so the four that follow
+    train,
+    test,
+    cfg:EvalConfig=EvalConfig(),
+    out=None,
+    files=(),       # see `fitted_before`
+    **how,          # labels and progress, as of `evaluate`
+)->dict:            # what is written
+    "As `evaluate`; a probe that was fitted before is taken, and copied to `out`."
+    known = fitted_before(run, train, test, cfg, files)
+    if known is None: return evaluate(run, train, test, cfg, out, **how)
+    copies = {Path(out).with_suffix(s): known.with_suffix(s).read_bytes() for s in ('.npz', '.json')} if out else {}
+    if copies: write_together(copies)
+    return read_json(known)
+
 def rank_checkpoints(
     run:str|Path,         # a run folder
     train,                # source with labels: scores are taken on it, and probes fitted to it
@@ -375,8 +412,8 @@ def rank_checkpoints(
     cfg:EvalConfig=EvalConfig(), # of the probes
     # JSON file to write; the probes go beside it as probe_step_<step>.json and .npz; None writes nothing
     out=None,
-    labels:dict|None=None,# tier, see `evaluate`
-    progress:bool=True,   # bars
+    fit=evaluate,         # function with the arguments of `evaluate` up to `out`, e.g. `take_or_evaluate`
+    progress:bool=True,   # bars, of the scores
 )->dict:                  # what is written
     "Rank scores and a probe of each kept checkpoint of a run, and of the network before training (FN §8.2)."
     start = time.time()
@@ -384,16 +421,16 @@ def rank_checkpoints(
     rows, folders = [], kept_checkpoints(run)
     recipe = open_run(folders[-1], parts=('teacher',))[1]
     if not ranks.conditioned: cfg = replace(cfg, condition='off')
-    for folder, step in [(None, 0), *((f, step_of(f)) for f in folders)]:
+    for folder, step in [(None, 0)]*ranks.untrained+[(f, step_of(f)) for f in folders]:
         scores = score_checkpoint(folder, step, recipe, train, ranks, progress)
         name = 'probe_converted.json' if step is None else f'probe_step_{step:08d}.json'
-        p = evaluate(folder or recipe, train, test, cfg, out and Path(out).with_name(name), labels, progress)
+        p = fit(folder or recipe, train, test, cfg, out and Path(out).with_name(name))
         low, high = p['acc_interval']
         rows.append(dict(step=step, images=p['images_seen'], acc=p['acc_chosen'], low=low, high=high,
                          depth=p['chosen_depth'], knn=p['knn_chosen'], acc_late=p.get('acc_late'),
                          knn_late=p.get('knn_late'), **scores, sha256=p['checkpoint_sha256']))
     result = dict(
-        run=recipe.run.name, norm=recipe.encoder.norm_out, seed=recipe.run.seed, tier=(labels or {}).get('tier'),
+        run=recipe.run.name, norm=recipe.encoder.norm_out, seed=recipe.run.seed, tier=p['tier'],
         data=short_path(train.name), test=short_path((test or train).name), n_train=p['n_train'], n_test=p['n_test'],
         masks=recipe.masks.label,
         rank_images=min(ranks.rank_images, len(train)), lidar_images=ranks.lidar_images, lidar_views=ranks.lidar_views,

@@ -161,6 +161,16 @@ class ResultFiles(RunFiles):
         "Rank scores of runs."
         return [f'{f}/eval/ranks.json' for r in runs for f in self.folders(r)]
 
+    def own_probes(self, run:str, seed)->list[str]:
+        "The probes of one run's networks that the graph makes and its rank scores need."
+        folder = f'{self.work}/{run}/seed{seed}/'
+        found = [f'{folder}eval/probe.json']
+        if run in self.runs_read('probes_on_the_way') and not self.evaluates:
+            found += [f for f in self.probes_on_the_way([run]) if f.startswith(folder)]
+        if run in self.runs_read('baselines') and rank_settings(self.tier)[0].untrained:
+            found += [f for f in self.baselines([run]) if f.endswith(f'/{run}-seed{seed}.json')]
+        return found
+
     def measures(self, runs)->list[str]:
         "Errors, energies and positions of runs."
         return [f'{f}/eval/measures.json' for r in runs for f in self.folders(r)]
@@ -250,10 +260,11 @@ class JobWords(ResultFiles):
         poolings = [c if isinstance(c, str) else ','.join(map(str, c)) for c in pooling_conditions(self.tier)]
         return self._images_and(*eval_overrides(cfg), *(w for p in poolings for w in ('--condition', p)))
 
-    def rank_words(self)->str:
-        "The words of the rank scores of a run."
+    def rank_words(self, probes=())->str:
+        "The words of the rank scores of a run, of which these probes are there."
         scores, cfg = rank_settings(self.tier)
-        return self._images_and(*eval_overrides(scores, 'ranks.'), *eval_overrides(cfg))
+        known = [w for f in probes for w in ('--probe', f)]
+        return self._images_and(*known, *eval_overrides(scores, 'ranks.'), *eval_overrides(cfg))
 
     def measure_words(self)->str:
         "The words of the measures of a run."

@@ -17,8 +17,8 @@ import yaml
 from scipy.special import stdtrit
 
 from jepa_nb.claims import (
-    REDRAW, Claim, Comparison, Estimate, Facts, Judgement, NotTestable, Tables, compare_claim, judge, part_values,
-    published, read_tables, resolve,
+    REDRAW, REFIT, Claim, Comparison, Estimate, Facts, Judgement, NotTestable, Tables, compare_claim, judge,
+    part_values, published, read_tables, resolve,
 )
 from .claims_ec import EC_CLAIMS
 from .claims_fn import FN_CLAIMS
@@ -202,15 +202,19 @@ def time_text(seconds:float)->str:
 def cost_text(
     claim:Claim,         # in question
     tier:str|None,       # e.g. 'small'
-    redraw:bool=False,   # the figure alone is to be drawn again
+    needs:str='seed',    # 'seed': a further one; 'refit': its runs evaluated again; 'redraw': the figure alone
 )->str:
-    "What a further seed of a claim's runs and its figure cost at a tier, with the command; '' where that is unknown."
+    "What it costs at a tier to run, evaluate or draw what a claim is judged by, and the command; '' where unknown."
     costs = tier_costs(tier) if tier else {}
     if not costs: return ''
     seconds, runs = costs['seconds'], costs['figures'].get(claim.figure) or []
     of = lambda kind, run='': seconds.get(f'{kind} {run}', seconds.get(kind, 0))
     draw = time_text(of('figure'))
-    if redraw or not runs: return f'make figures TIER={tier}, about {draw} for the figure'
+    figure = f'make figures TIER={tier}, about {draw} for the figure'
+    if needs == 'redraw' or not runs: return figure
+    if needs == 'refit':
+        each = time_text(max(of('evaluate', r) for r in runs))
+        return f'make evaluate TIER={tier}, about {each} for each run and seed; {figure}'
     make = f'make reproduce TIER={tier}'
     if not all(of('train', r) for r in runs): return f'{make}; make dry TIER={tier} states the hours'
     seed = max(of('train', r)+of('evaluate', r) for r in runs)
@@ -231,7 +235,8 @@ def what_decides(
     is_refuted = claim.every and 'fails' in verdicts and not missing
     if not is_refuted: missing.append(more_seeds(claim, results, tables))
     if missing := [x for x in dict.fromkeys('; '.join(missing).split('; ')) if x]:
-        cost = cost_text(claim, tier, redraw=True) if missing == [REDRAW] else claim.remedy or cost_text(claim, tier)
+        needs = {(REDRAW,): 'redraw', (REFIT,): 'refit'}.get(tuple(missing))
+        cost = cost_text(claim, tier, needs) if needs else claim.remedy or cost_text(claim, tier)
         return 'It would take ' + '; '.join(missing) + (f'. Cost: {cost}.' if cost else '.')
     if judge(claim, tables, facts, results).verdict == 'contradictory':
         return 'Nothing at this scale: each comparison is decided, and they disagree.'

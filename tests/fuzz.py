@@ -219,7 +219,7 @@ def check_tier(tier, folder):
             for figure in g.figures: g.figure_inputs(figure), g.figure_words(figure)
             for run in g.all_runs: g.train_words(run, 0), g.resolved(run, 0), g.probe_words(run), g.start(run, 0)
             for head in g.depth_heads: g.head_words(head)
-            g.pool_words(), g.rank_words(), g.shards('train', 'test')
+            g.pool_words(), g.rank_words(g.own_probes(run, 0)), g.shards('train', 'test')
     finally: path.unlink()
 
 

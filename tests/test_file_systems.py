@@ -385,6 +385,9 @@ def test_read_only_runs_are_evaluated_elsewhere(tmp_path, disk, photos, capsys):
     ranks = ['ranks', run, 'ranks.rank_images=10', 'ranks.lidar_images=5', 'ranks.lidar_views=2', *images]
     assert call(*ranks, '--out', tmp_path/'r/ranks.json') == 0 and (tmp_path/'r/ranks.json').is_file()
     capsys.readouterr()
+    (tmp_path/'bad.json').write_text('{')
+    assert call(*ranks, '--probe', tmp_path/'bad.json', '--out', tmp_path/'s/ranks.json') == 1
+    one_line(capsys, 'bad.json is no JSON that can be read')
     assert call('eval', run, 'eval.layers=last', *images, '--out', tmp_path/'e.json') == 0
     for words in (ranks, ['eval', run, 'eval.layers=last', *images]):
         assert call(*words) == 1

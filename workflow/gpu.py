@@ -134,7 +134,7 @@ def make_runs(g:Graph, seeds:int)->list[Run]:
                 steps = ((folder/'done.json', ['train', *shlex.split(g.train_words(name, seed)), '--out', str(folder),
                                                '--restart-if-changed']),
                          (probe, ['eval', str(folder), '--out', str(probe), *shlex.split(g.probe_words(name))]),
-                         (ranks, ['ranks', str(folder), '--out', str(ranks), *shlex.split(g.rank_words())]))
+                         (ranks, ['ranks', str(folder), '--out', str(ranks), *shlex.split(g.rank_words([str(probe)]))]))
                 out.append(Run(name, seed, folder, steps))
     return out
 
