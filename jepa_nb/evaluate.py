@@ -389,13 +389,13 @@ def fitted_before(
         if path.with_suffix('.npz').is_file() and all(found.get(k) == v for k, v in wanted.items()): return path
 
 def take_or_evaluate(
-    run,            # as of `evaluate`, and so the four that follow
-    train,
-    test,
-    cfg:EvalConfig=EvalConfig(),
-    out=None,
-    files=(),       # see `fitted_before`
-    **how,          # labels and progress, as of `evaluate`
+    run,            # a run or checkpoint; a Config: that model before training
+    train,          # source that is fitted to
+    test,           # source that is tested on; None with `hold_out`
+    cfg:EvalConfig=EvalConfig(), # every setting
+    out=None,       # JSON file to write, see `evaluate`
+    files=(),       # JSON files of probes, see `fitted_before`
+    **how,          # labels and progress, see `evaluate`
 )->dict:            # what is written
     "As `evaluate`; a probe that was fitted before is taken, and copied to `out`."
     known = fitted_before(run, train, test, cfg, files)
