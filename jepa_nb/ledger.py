@@ -58,12 +58,13 @@ def ledger_row(
     **more,     # further columns, such as the tier
 )->dict:
     """One row of the ledger. Its number and interval are those of the claim's first part that was measured; of a claim
-    that is judged in parts, that is any, else the first."""
+    that is judged in parts, that is any, else the first, or one that decides the verdict."""
     P, names = published(c.paper), [p.name for p in c.parts[:None if c.partial else 1]]
-    first = next((e for e in j.parts if e.name in names), None)
+    first = next((e for e in j.parts if e.name in names or e.verdict == j.verdict), None)
+    of_paper = c.paper_value if first is None or first.name == c.parts[0].name else None # which is of that part
     return dict(number=c.number, paper=c.paper, claim=c.claim, quote=c.quote, section=c.section,
                 metric=first.name if first else c.parts[0].name, comparisons=len(c.parts),
-                paper_value=resolve(c.paper_value, P),
+                paper_value=resolve(of_paper, P),
                 ours=first and first.mean, low=first and first.low, high=first and first.high,
                 seeds=len(first.seeds) if first else 0, **more, verdict=j.verdict, excluded=j.excluded, reason=j.reason,
                 figure=c.figure, parts='; '.join(f'{estimate_text(e, c)}: {e.verdict}' for e in j.parts),
@@ -209,7 +210,7 @@ def cost_text(
     if not costs: return ''
     seconds, runs = costs['seconds'], costs['figures'].get(claim.figure) or []
     of = lambda kind, run='': seconds.get(f'{kind} {run}', seconds.get(kind, 0))
-    draw = time_text(of('figure'))
+    draw = time_text(of('figure', claim.figure))
     figure = f'make figures TIER={tier}, about {draw} for the figure'
     if needs == 'redraw' or not runs: return figure
     if needs == 'refit':
@@ -229,16 +230,16 @@ def what_decides(
 )->str:
     "One line: what would decide a claim at this scale and what that costs, or that it is decided."
     if results is None: results = compare_claim(claim, tables)
+    verdict = judge(claim, tables, facts, results).verdict
     missing = missing_needs(claim, tables, facts)
     missing += [r.missing or str(r) for r in results if isinstance(r, NotTestable)]
-    verdicts = {r.verdict for r in results if isinstance(r, Estimate)}
-    is_refuted = claim.every and 'fails' in verdicts and not missing
-    if not is_refuted: missing.append(more_seeds(claim, results, tables))
+    if claim.every and verdict == 'fails': missing = [] # one part refutes it, whatever the others would say
+    else: missing.append(more_seeds(claim, results, tables))
     if missing := [x for x in dict.fromkeys('; '.join(missing).split('; ')) if x]:
         needs = {(REDRAW,): 'redraw', (REFIT,): 'refit'}.get(tuple(missing))
         cost = cost_text(claim, tier, needs) if needs else claim.remedy or cost_text(claim, tier)
         return 'It would take ' + '; '.join(missing) + (f'. Cost: {cost}.' if cost else '.')
-    if judge(claim, tables, facts, results).verdict == 'contradictory':
+    if verdict == 'contradictory':
         return 'Nothing at this scale: each comparison is decided, and they disagree.'
     return 'Decided at this scale; a larger tier says whether it is so there, too.'
 

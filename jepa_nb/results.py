@@ -41,14 +41,18 @@ def _missing_result(home:Path, names, reads)->str|None:
     for name in names:
         if not _seeds(home, name): return name
         for f in _seeds(home, name):
-            missing = next((r for r in reads if not (f/'eval'/r).is_file()), None)
-            if missing: return f'{name}/{f.name}/eval/{missing}'
+            for r in reads:
+                file, fewest = r if isinstance(r, tuple) else (r, 0)
+                path, short = f/'eval'/file, f'{name}/{f.name}/eval/{file}'
+                if not path.is_file(): return short
+                if fewest and len(json.loads(path.read_text())['checkpoints']) < fewest:
+                    return f'{short} with {fewest} checkpoints or more'
     return None
 
 def runs_home(
     given,                 # the notebook's parameters that are run folders: a list of folders, one of them, or None
     names,                 # names of the runs that the figure needs where none is given
-    reads=('probe.json',), # files in eval/ that it reads of each
+    reads=('probe.json',), # files in eval/ that it reads of each; (file, n): with n checkpoints or more
     tier:str|None=None,    # where to look: smoke, quick, small, medium, paper; None: where the best are
     needed:bool=True,      # refuse where none are found; else None is returned
 )->Path|None:

@@ -381,7 +381,7 @@ def test_one_data_set_refutes_consistently(tmp_path):
         if r['set'] == 'birds' and r['method'] == 'random init': r['acc'] = 90000
     found = judged(write(tmp_path/'b', t))
     assert found[20]['verdict'] == UNTESTED
-    assert '2 are needed' in found[20]['reason'] and 'on birds neither is above' in found[20]['reason']
+    assert '2 are needed' in found[20]['reason'] and 'on birds neither is 3 standard errors' in found[20]['reason']
 
 
 def test_comparable_has_a_margin(tmp_path):

@@ -128,7 +128,7 @@ def ec(tier):
     for label, m, before in (('EC-IJEPA', 'EC-IJEPA', ''), ('I-JEPA', 'I-JEPA', ''),
                              ('untrained EC-IJEPA', 'random init', 'EC-IJEPA'),
                              ('untrained I-JEPA', 'random init', 'I-JEPA'), ('raw pixels', 'raw pixels', '')):
-        of = lambda found: [r for r in found if (r['method'], r['of']) == (m, before) and r['seed']]
+        of = lambda found: [r for r in found if (r['method'], r.get('of', '')) == (m, before) and r['seed']]
         if not (mine := of(probe)): continue
         n = int(mine[0]['n_train'])
         out.append(f"| {label}{f' ({n:,} training images)' if n != int(first['n_train']) else ''} | "
