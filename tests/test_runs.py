@@ -33,10 +33,17 @@ BLOCKS = ('masks.kind=multiblock', 'pack.image=128', 'pack.context=80', 'pack.ta
 CONDITIONED = (*BLOCKS, 'condition.kind=shuffled')
 EXPERTS = ('encoder.mlp=diffmoe', 'encoder.experts=4', 'objective.teacher_routing=training')
 
-def is_gone(pid):
-    "Whether a process has ended; who should ask for its exit code may have ended too."
+def is_gone(pid, seconds=20):
+    "Whether a process ends soon; who should ask for its exit code may have ended too."
     stat = Path(f'/proc/{pid}/stat')
-    return not stat.exists() or stat.read_text().rpartition(')')[2].split()[0] == 'Z'
+    def state(): return stat.read_text().rpartition(')')[2].split()[0] if stat.exists() else 'Z'
+    end = time.monotonic()+seconds # one that was killed still gives its memory back, on a busy machine for a while
+    while time.monotonic() < end:
+        try:
+            if state() in 'ZX': return True
+        except OSError: return True
+        time.sleep(.05)
+    return False
 
 def verb(capsys, *words):
     "A command line in this process: exit code, and what it said."
