@@ -398,7 +398,7 @@ def take_or_evaluate(
     **how,          # labels and progress, see `evaluate`
 )->dict:            # what is written
     "As `evaluate`; a probe that was fitted before is taken, and copied to `out`."
-    known = fitted_before(run, train, test, cfg, files)
+    known = fitted_before(run, train, test, cfg, files) if files else None
     if known is None: return evaluate(run, train, test, cfg, out, **how)
     copies = {Path(out).with_suffix(s): known.with_suffix(s).read_bytes() for s in ('.npz', '.json')} if out else {}
     if copies: write_together(copies)
