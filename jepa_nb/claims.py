@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['REDRAW', 'REFIT', 'METHODS', 'SIZE_OF', 'MIN_SKILL', 'NotTestable', 'Tables', 'read_tables', 'cell_number', 'is_cell',
            'describe_rows', 'select', 'by_seed', 'image_part', 'published_rows', 'published', 'resolve', 'Numbers',
-           'Comparison', 'Estimate', 'part_values', 'estimate', 'combine', 'adjust', 'Facts', 'parse_seeds', 'is_row',
-           'table1_row', 'smallest', 'skill_of', 'find_facts', 'facts_of_runs', 'beats_baselines', 'has_grid',
-           'same_images', 'Claim', 'Judgement', 'compare', 'compare_claim', 'check_needs', 'published_excluded',
-           'untested_parts', 'judge']
+           'Comparison', 'Estimate', 'level_text', 'part_values', 'estimate', 'combine', 'adjust', 'Facts',
+           'parse_seeds', 'is_row', 'table1_row', 'smallest', 'skill_of', 'find_facts', 'facts_of_runs',
+           'beats_baselines', 'has_grid', 'same_images', 'Claim', 'Judgement', 'compare', 'compare_claim',
+           'check_needs', 'published_excluded', 'untested_parts', 'judge']
 
 # %% ../nbs/50_claims.ipynb #39a69b63
 import csv
@@ -169,6 +169,10 @@ class Estimate(NamedTuple):
     level:float=.95        # of the interval
     has_images:bool=False  # the interval covers the choice of test images, too
     family:int=1           # see Numbers
+
+def level_text(level:float|None)->str:
+    "What is said behind an interval that is not one of 95 %: ` at 99.5 %`."
+    return '' if level in (None, .95) else f' at {100*level:g} %'
 
 def part_values(part:Comparison, tables:Tables)->Numbers:
     """The numbers of a comparison; of a ratio their logarithms. Seeds beyond the last look of the stopping rule do not

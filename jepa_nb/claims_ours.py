@@ -7,7 +7,7 @@ __all__ = ['OUTCOMES', 'NORM_OR_BETA', 'NORM_NAMES', 'BETA_NAMES', 'WHERE', 'CON
            'GAMMAS', 'OUR_CLAIMS', 'Contrast', 'add_weights', 'experiment_facts', 'learned', 'comparison',
            'contrast_rows', 'contrast_text', 'table_of', 'question', 'norm_cell', 'loss_free', 'norm_contrasts',
            'beyond_contrasts', 'norm_answer', 'condition_cell', 'condition_contrasts', 'weight_cell',
-           'weight_contrasts']
+           'weight_contrasts', 'weight_answer']
 
 # %% ../nbs/52_claims_ours.ipynb #d199f74e
 from functools import partial
@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 from .cells import contrast_by_seed, contrast_image_error
 from jepa_nb.claims import (
-    MIN_SKILL, Claim, Comparison, Facts, NotTestable, Numbers, Tables, cell_number, estimate, image_part, smallest,
+    MIN_SKILL, Claim, Comparison, Facts, NotTestable, Numbers, Tables, cell_number, estimate, image_part,
+    judge, level_text, part_values, smallest,
 )
+from .stats import next_seeds
 
 # %% ../nbs/52_claims_ours.ipynb #76cabdab
 class Contrast(NamedTuple):
@@ -125,7 +127,7 @@ def contrast_rows(
 
 def contrast_text(row:dict)->str:
     "A row of `contrast_rows` in a line."
-    interval = '' if row['low'] is None else f" [{row['low']:+.3g}, {row['high']:+.3g}]"
+    interval = '' if row['low'] is None else f" [{row['low']:+.3g}, {row['high']:+.3g}]{level_text(row['level'])}"
     found = row.get('reason') or f"{row['value']:+.3g}{interval}, {row['verdict']}"
     return f"{OUTCOMES[row['outcome']][0]}: {row['name']}: {found}"
 
@@ -194,7 +196,7 @@ WHERE = dict(holds='above 0', fails='below 0', absent='smaller than is of intere
 def _in_words(e)->str:
     "An estimate as a number, its interval, and where that lies."
     number = lambda v: f'{v:+.3g}'.replace('-', '−')
-    span = '' if e.low is None else f' [{number(e.low)}, {number(e.high)}]'
+    span = '' if e.low is None else f' [{number(e.low)}, {number(e.high)}]{level_text(e.level)}'
     return f'{number(e.mean)}{span}, {WHERE.get(e.verdict, e.verdict)}'
 
 def norm_answer(
@@ -304,3 +306,31 @@ def _other_questions()->list[Claim]:
                  "unweighted − energy above 0 in the energy's correlation, at γ = 1 and at γ = 2", weights['check'])]
 
 OUR_CLAIMS:list[Claim] = _norm_questions()+_other_questions() # numbered from 101
+
+# %% ../nbs/52_claims_ours.ipynb #b3000002
+def weight_answer(
+    rows:list[dict], # of the table
+)->list[str]:
+    """What the third experiment found, a sentence for each statement, then what the stopping rule asks for and what the
+    check of the weights lets one say."""
+    tables, found = Tables({ENERGY_WEIGHTS: rows}), []
+    asked = dict(cause='energy − shuffled', worth='energy − unweighted', check='unweighted − energy')
+    for (key, name), number in zip(asked.items(), (121, 122, 123)):
+        said, contrasts = [], weight_contrasts()[key]
+        for gamma, c in zip(GAMMAS, contrasts):
+            try: said.append(f'γ = {gamma}: {_in_words(estimate(comparison(c, sequential=True), tables))}')
+            except NotTestable as why: said.append(f'γ = {gamma}: not tested, {why}')
+        title, claim = OUTCOMES[contrasts[0].outcome][0], next(c for c in OUR_CLAIMS if c.number == number)
+        word = judge(claim, tables).verdict
+        found.append(f"{title[0].upper()+title[1:]}, {name}. {'; '.join(said)}. Claim {number}, {claim.claim}: {word}.")
+        if key == 'cause':
+            for gamma, c in zip(GAMMAS, contrasts):
+                try: n = part_values(comparison(c, sequential=True), tables)
+                except NotTestable: continue
+                look = next_seeds(n.by_seed, n.se_images or 0., OUTCOMES[c.outcome][1])
+                found.append(f'The stopping rule at γ = {gamma}: {look.reason}.')
+    if word != 'holds':
+        found.append('As registered: claim 121 says nothing about FN unless claim 123 holds.')
+    return found
+
+

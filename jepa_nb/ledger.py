@@ -18,7 +18,7 @@ from scipy.special import stdtrit
 
 from jepa_nb.claims import (
     REDRAW, REFIT, Claim, Comparison, Estimate, Facts, Judgement, NotTestable, Tables, compare_claim, judge,
-    part_values, published, read_tables, resolve,
+    level_text, part_values, published, read_tables, resolve,
 )
 from .claims_ec import EC_CLAIMS
 from .claims_fn import FN_CLAIMS
@@ -48,9 +48,8 @@ def repeats_text(c:Claim, n:int)->str:
 def estimate_text(e:Estimate, c:Claim)->str:
     "An estimate as text: name, mean, interval, number of seeds, and whether images are in the interval."
     interval = '' if e.low is None else f' [{e.low:+.4g}, {e.high:+.4g}]'
-    level = '' if e.level == .95 else f' at {100*e.level:g} %'
     images = ' and test images' if e.has_images else ''
-    return f'{e.name}: {e.mean:+.4g}{interval}{level}, {repeats_text(c, len(e.seeds))}{images}'
+    return f'{e.name}: {e.mean:+.4g}{interval}{level_text(e.level)}, {repeats_text(c, len(e.seeds))}{images}'
 
 def ledger_row(
     c:Claim,
@@ -66,6 +65,7 @@ def ledger_row(
                 metric=first.name if first else c.parts[0].name, comparisons=len(c.parts),
                 paper_value=resolve(of_paper, P),
                 ours=first and first.mean, low=first and first.low, high=first and first.high,
+                level=first and first.low is not None and first.level or None,
                 seeds=len(first.seeds) if first else 0, **more, verdict=j.verdict, excluded=j.excluded, reason=j.reason,
                 figure=c.figure, parts='; '.join(f'{estimate_text(e, c)}: {e.verdict}' for e in j.parts),
                 beside='; '.join(estimate_text(e, c) for e in j.reported_only), scale=j.scale,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jepa_nb.claims import (
-    Claim, Comparison, Estimate, Tables, compare, compare_claim, judge, published, resolve,
+    Claim, Comparison, Estimate, Tables, compare, compare_claim, judge, level_text, published, resolve,
 )
 from .figure_files import stale_reasons, weights_state
 from .files import read_json
@@ -118,7 +118,8 @@ def comparison_text(
 )->ComparisonText:
     "One comparison in words."
     if not isinstance(result, Estimate): return ComparisonText('', UNTESTED if judged else '', str(result))
-    interval = f' [{number_text(result.low, part.ratio)}, {number_text(result.high, part.ratio)}]'
+    low, high = (number_text(v, part.ratio) for v in (result.low, result.high))
+    interval = f' [{low}, {high}]{level_text(result.level)}'
     n, has_interval = len(result.seeds), result.low is not None
     text = number_text(result.mean, part.ratio)+(interval if has_interval else '')
     return ComparisonText(text, result.verdict if judged else '', '' if has_interval else repeats_text(claim, n))

@@ -8,7 +8,8 @@ import re
 import sys
 from pathlib import Path
 
-from jepa_nb.claims_ours import NORM_OR_BETA, norm_answer
+from jepa_nb.claims import level_text
+from jepa_nb.claims_ours import ENERGY_WEIGHTS, NORM_OR_BETA, norm_answer, weight_answer
 from jepa_nb.figure_files import stale_figures
 from jepa_nb.stats import UNTESTED, VERDICTS
 
@@ -142,7 +143,9 @@ def ec(tier):
 def ledger_table(rows):
     "Rows of a ledger: what is compared, the numbers, the verdict, and what would decide what is open."
     value = lambda v: f'{float(v):+.3g}'.replace('-', '−') if v else '–'
-    def ours(r): return value(r['ours'])+(f" [{value(r['low'])}, {value(r['high'])}]" if r['low'] else '')
+    def ours(r):
+        level = level_text(float(r['level'])) if r['level'] else ''
+        return value(r['ours'])+(f" [{value(r['low'])}, {value(r['high'])}]{level}" if r['low'] else '')
     def said(r):
         why = r['reason'].split(';')[0] if r['verdict'] == UNTESTED else r['reason']
         return f"{judged(r)}{f': {why}' if why else ''}"
@@ -167,11 +170,13 @@ def ours(tier):
     return '\n'.join(ledger_table(rows)) if rows else f'No question of our own was measured at tier {tier} yet.'
 
 
-def answer(tier):
-    "What the first experiment of our own found, in words, from its table."
-    file = ROOT/'figures'/tier/f'{NORM_OR_BETA}.csv'
-    if not file.is_file(): return 'Not drawn yet.'
-    with open(file, newline='') as f: return '\n'.join(f'- {x}' for x in norm_answer(list(csv.DictReader(f))))
+def answer(stem, in_words):
+    "What an experiment of our own found, in words, from its table."
+    def of(tier):
+        file = ROOT/'figures'/tier/f'{stem}.csv'
+        if not file.is_file(): return 'Not drawn yet.'
+        with open(file, newline='') as f: return '\n'.join(f'- {x}' for x in in_words(list(csv.DictReader(f))))
+    return of
 
 
 def trials(tier):
@@ -205,7 +210,8 @@ def sentence(name, before, n):
     return of
 
 
-BLOCKS = dict(trials=trials, answer=answer, table1=table1, ec=ec, claims=claims, ours=ours,
+BLOCKS = dict(norm=answer(NORM_OR_BETA, norm_answer), weights=answer(ENERGY_WEIGHTS, weight_answer),
+              trials=trials, table1=table1, ec=ec, claims=claims, ours=ours,
               depth=sentence('fn_fig11_depth_maps',
                              'Depth heads on NYU Depth V2, RMSE at the truth\'s own scale, LayerNorm → DynTanh:', 6),
               ranks=sentence('fn_fig9_rank_curves', 'Rank scores', 11),
