@@ -321,13 +321,15 @@ def mid_epoch(f, tables):
                           'a run that is resumed in the middle of its second epoch or later')
 
 def memorised(f, tables):
-    "Without replacement, the loss on images that were seen is below that on others: an interval over seeds excludes 0."
-    seen, unseen = ({int(float(r['seed'])):v for r in select(tables, 'fn_resume', sampling='without replacement')
-                     if (v := cell_number(r.get(c))) is not None} for c in ('loss_seen', 'loss_unseen'))
-    if not seen or not unseen:
+    """Without replacement, the loss on images that were seen is below that on others: an interval over seeds and images
+    excludes 0."""
+    seen, unseen, errors = (
+        {int(float(r['seed'])):v for r in select(tables, 'fn_resume', sampling='without replacement')
+         if (v := cell_number(r.get(c))) is not None} for c in ('loss_seen', 'loss_unseen', 'loss_images_se'))
+    if not seen or not unseen or not errors:
         raise NotTestable('fn_resume was drawn before losses on seen and unseen images were kept; redraw it', REDRAW)
     gap = paired({k:math.log(v) for k, v in unseen.items()}, {k:math.log(v) for k, v in seen.items()})
-    span = paired_interval(gap)
+    span = paired_interval(gap, max(errors.values()))
     if span is None or span[0] <= 0:
         mean = 100*np.mean(list(gap.values()))
         raise NotTestable(f'nothing was memorised: the loss on unseen images is {mean:+.2g} % from that on seen ones, '

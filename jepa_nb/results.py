@@ -126,13 +126,20 @@ def read_baselines(
     random_init=None, # their JSONs, or None: baselines/<run>-seed<k>.json beside the runs
     pixels=None,      # JSON of the raw pixels, or None: baselines/pixels.json
 )->tuple[list[dict],dict|None]: # random initialisations, raw pixels; empty where there are none
-    "Results of the same networks before training and of raw pixels, which trained runs have to beat."
+    """Results of the same networks before training and of raw pixels, which trained runs have to beat. Raises RunError
+    where networks before training were probed with different numbers of training images, so that no mean of them is
+    one of anything."""
     beside = lambda r: r.parents[1]/'baselines'
     if random_init is None:
         random_init = [p for r in runs if (p := beside(r)/f'{r.parent.name}-{r.name}.json').is_file()]
     if isinstance(random_init, (str, Path)): random_init = [random_init]
     if pixels is None: pixels = next((p for r in runs if (p := r.parents[1]/'baselines'/'pixels.json').is_file()), None)
-    return [read_probe(p) for p in random_init], pixels and read_probe(pixels)
+    untrained = [read_probe(p) for p in random_init]
+    for p, r in zip(random_init, untrained):
+        if r.get('n_train') != untrained[0].get('n_train'):
+            raise RunError(f"{short_path(p)}: fitted to {r.get('n_train')} images, {short_path(random_init[0])} to "
+                           f"{untrained[0].get('n_train')}; evaluate one again with the other's eval.train_images")
+    return untrained, pixels and read_probe(pixels)
 
 # %% ../nbs/44_results.ipynb #a60ff584
 def run_result(

@@ -107,7 +107,7 @@ def recipes(e, device):
                                 round_seconds=6, images_per_second=1000.) for k in repeats] # no part of the comparison
     lift = lambda sampling, k: .1*push(k)*(sampling == 'without replacement')/(5 if e.side == 0 else 1)
     t['fn_resume'] = [dict(sampling=s, seed=k, arm=arm, step=step, epochs_before=1.5, resumed_after=20, window=30,
-                           loss_seen=1+k, loss_unseen=(1+k)*(1.2+.01*k),
+                           loss_seen=1+k, loss_unseen=(1+k)*(1.2+.01*k), loss_images_se=.01,
                            loss=(1+k)*(1+lift(s, k)*(arm == 'resumed' and step > 20)))
                       for s in ('with replacement', 'without replacement') for k in e.ks
                       for arm in ('undisturbed', 'resumed') for step in range(10, 60, 10)]
@@ -327,10 +327,14 @@ def test_a_row_that_learned_nothing_says_nothing(tmp_path, number, row):
     assert found[5]['verdict'] == 'holds'
 
 
-@pytest.mark.parametrize('seen, because', [(3., 'nothing was memorised'), ('', 'redraw')])
-def test_a_resume_of_runs_that_memorised_nothing_says_nothing(tmp_path, seen, because):
+@pytest.mark.parametrize('changes, because', [
+    (dict(loss_seen=3.), 'nothing was memorised'), (dict(loss_seen=''), 'redraw'),
+    (dict(loss_images_se=.3), 'nothing was memorised'), (dict(loss_images_se=''), 'redraw')])
+def test_a_resume_of_runs_that_memorised_nothing_says_nothing(tmp_path, changes, because):
     t = tier()
-    for r in t['fn_resume']: r['loss_seen'] = seen and seen*(1+r['seed'])
+    for r in t['fn_resume']:
+        r |= changes
+        if isinstance(changes.get('loss_seen'), float): r['loss_seen'] = 3*(1+r['seed'])
     found = judged(write(tmp_path/'t', t))[13]
     assert found['verdict'] == UNTESTED and because in found['reason']
 
