@@ -347,19 +347,21 @@ class CommittedFiles(FigureFiles):
 
     def runs_with_weights(self)->dict:
         """The runs of which every seed's weights are committed; notes name the others. Raises CliError where there are
-        none, or those of some seeds alone."""
+        none."""
         kept = f'{self.figures_folder}/checkpoints'
         file = lambda r, k: f'{kept}/{r}/seed{k}/model.safetensors'
         there = {r: [k for k in self.seeds[r] if os.path.isfile(file(r, k))] for r in self.all_runs}
-        for r, seeds in there.items():
-            lacking = [k for k in self.seeds[r] if k not in seeds]
-            if seeds and lacking:
-                raise CliError(f'{file(r, lacking[0])} is not committed, so not every seed of {r} can be evaluated '
-                               f'again; make reproduce TIER={self.name} trains them all')
-            if lacking and r in self.probed: self.notes.append(f'{r}: left out, there is no {file(r, lacking[0])}')
-        if not any(there.values()):
-            raise CliError(f'{kept}: no weights are committed; make reproduce TIER={self.name} trains them')
-        return {r: self.all_runs[r] for r, seeds in there.items() if seeds}
+        lacking = {r: [k for k in self.seeds[r] if k not in seeds] for r, seeds in there.items()}
+        whole = {r: self.all_runs[r] for r, seeds in lacking.items() if not seeds}
+        if not whole:
+            some = next((file(r, lacking[r][0]) for r, seeds in there.items() if seeds), None)
+            raise CliError((f'{some} is not committed, and no run has the weights of every seed' if some else
+                            f'{kept}: no weights are committed')+f'; make reproduce TIER={self.name} trains them')
+        for r, seeds in lacking.items():
+            if seeds and (there[r] or r in self.probed):
+                self.notes.append(f'{r}: left out, as not every seed can be evaluated again: there is no '
+                                  f'{file(r, seeds[0])}')
+        return whole
 
     def taken(self, run:str, seed)->str:
         "The checksums of committed weights that are evaluated again."

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import ROOT
 
-from jepa_nb.graph import Graph
-from jepa_nb.tiers import read_tier
+from jepa_nb.graph import CommittedFiles, Graph
+from jepa_nb.tiers import CliError, read_tier
 
 TIERS = sorted(p.stem for p in (ROOT/'params').glob('*.yaml'))
 NOTEBOOK = ('{"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, '
@@ -375,6 +376,20 @@ def test_committed_weights_are_evaluated_again(tmp_path):
     (home/'seed1/model.safetensors').unlink()
     said = make(folder, 'evaluate')
     assert said.returncode and 'seed1/model.safetensors is not committed' in said.stderr
+
+
+def test_a_run_with_the_weights_of_some_seeds_is_left_out(tmp_path):
+    there = tmp_path/'checkpoints/whole/seed0/model.safetensors', tmp_path/'checkpoints/part/seed0/model.safetensors'
+    for f in there:
+        f.parent.mkdir(parents=True)
+        f.touch()
+    g = SimpleNamespace(figures_folder=tmp_path, name='tiny', probed=['whole', 'part', 'none'], notes=[],
+                        seeds=dict(whole=[0], part=[0, 1], none=[0]), all_runs=dict(whole=1, part=2, none=3))
+    assert CommittedFiles.runs_with_weights(g) == dict(whole=1)
+    assert [n.partition(':')[0] for n in g.notes] == ['part', 'none'] and 'part/seed1/model.safetensors' in g.notes[0]
+    there[0].unlink()
+    with pytest.raises(CliError, match='part/seed1/model.safetensors is not committed'):
+        CommittedFiles.runs_with_weights(g)
 
 
 @pytest.mark.parametrize('pooling, said', [
