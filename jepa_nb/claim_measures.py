@@ -327,7 +327,8 @@ def memorised(f, tables):
         {int(float(r['seed'])):v for r in select(tables, 'fn_resume', sampling='without replacement')
          if (v := cell_number(r.get(c))) is not None} for c in ('loss_seen', 'loss_unseen', 'loss_images_se'))
     if not seen or not unseen or not errors:
-        raise NotTestable('fn_resume was drawn before losses on seen and unseen images were kept; redraw it', REDRAW)
+        raise NotTestable('fn_resume was drawn before losses on seen and unseen images were kept',
+                          'the resumed runs trained again, as their checkpoints are not committed')
     gap = paired({k:math.log(v) for k, v in unseen.items()}, {k:math.log(v) for k, v in seen.items()})
     span = paired_interval(gap, max(errors.values()))
     if span is None or span[0] <= 0:

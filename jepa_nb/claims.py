@@ -156,6 +156,7 @@ class Comparison(NamedTuple):
     why:str=''            # why this is the smallest effect of interest, in a line
     upper:float|None=None # where the claimed range ends; None: nowhere
     sequential:bool=False # seeds are added by the stopping rule: the first 3, 5 or 8 count, at that look's level
+    most_seeds:int|None=None # as many as were registered beforehand; None: no number was
 
 class Estimate(NamedTuple):
     "Mean, interval and verdict of one comparison."
@@ -336,16 +337,16 @@ MIN_SKILL = 3. # standard errors by which every run that is compared must be abo
 def beats_baselines(f:Facts, tables):
     """Every run that is compared gains 3 standard errors or more over the better of raw pixels and the same network
     untrained, in the linear probe and in k-NN, averaged over the last third of the depths."""
-    for value, name in ((f.skill_acc, 'linear probe'), (f.skill_knn, 'k-NN')):
-        if value is None:
-            raise NotTestable('the gain over raw pixels and untrained networks is not known: the tables were drawn '
-                              'before it was kept, or without these baselines; redraw them', REFIT)
-        if value < MIN_SKILL:
-            asked = f'{MIN_SKILL:g} standard errors'
-            raise NotTestable(f'{name}: the run with the least gain over its better baseline is {value:.1f} standard '
-                              f'errors above it, {MIN_SKILL:g} are needed',
-                              f'longer training, a larger model or another recipe, until {name} gains {asked} over raw '
-                              'pixels and the untrained network in every run')
+    skill = {'linear probe': f.skill_acc, 'k-NN': f.skill_knn}
+    if None in skill.values():
+        raise NotTestable('the gain over raw pixels and untrained networks is not known: the tables were drawn '
+                          'before it was kept, or without these baselines; redraw them', REFIT)
+    if low := {name:value for name, value in skill.items() if value < MIN_SKILL}:
+        said = ' and '.join(f'{value:.1f} standard errors in {name}' for name, value in low.items())
+        raise NotTestable(f'the least gain of a run over its better baseline is {said}; {MIN_SKILL:g} are needed in '
+                          'linear probe and k-NN',
+                          'longer training, a larger model or another recipe, until linear probe and k-NN of every run '
+                          f'are {MIN_SKILL:g} standard errors above raw pixels and the untrained network')
 
 def has_grid(f:Facts, tables):
     "Windows have 2 patches or more a side, images 4 windows or more: a smaller grid has no checkerboard to measure."
@@ -444,7 +445,7 @@ def published_excluded(claim:Claim, first)->str:
     if first.family > 1: return '' # the worst of several here is not the one that the paper prints
     if first.low <= value <= first.high: return ''
     text = f'{value:.4g}' if claim.parts[0].ratio else f'{value:+.4g}'
-    return f'published effect excluded: {text} is outside the {100*first.level:g} % interval'
+    return f'published effect excluded at this scale: {text} is outside the {100*first.level:g} % interval'
 
 def untested_parts(
     claim:Claim, # that is judged by the parts that could be tested

@@ -330,7 +330,7 @@ EC_FEATURE_CLAIMS = [
     Claim(20, 'EC', 'conditioning is consistently better on other data',
         'We see that EC-IJEPA consistently outperforms IJEPA which highlights the superior representational quality '
         'of the former', '§3', lambda P: min(ahead(P, k, 1) for k in OOD),
-        per_size('top-1, points, EC-IJEPA − I-JEPA on the set that speaks most against it',
+        per_size('top-1, points, EC-IJEPA − I-JEPA on the least favourable set',
                  lambda s: worst_set(s, 'label', least=2)),
         'ec_table3_ood', (beats_baselines,), every=True, partial=True, facts=ec_facts('ec_table3_ood'),
         caveat=lambda P: f"Its Table 3, which the sentence sums up, has EC-IJEPA behind on {worse(P, OOD)}."),
@@ -363,7 +363,7 @@ EC_TRAINING_CLAIMS = [
         'our EC-IJEPA is more sample-efficient for representation learning as it obtains consistently higher '
         'classification accuracy throughout the pretraining cycle', '§3', None,
         (*per_size('points over all checkpoints, EC-IJEPA − I-JEPA', over_training),
-         *per_size('points at the checkpoint that speaks most against it', worst_checkpoint)),
+         *per_size('points at the least favourable checkpoint', worst_checkpoint)),
         'ec_fig3_sample_efficiency', (beats_baselines,), every=True, partial=True,
         facts=ec_facts('ec_fig3_sample_efficiency')),
     Claim(23, 'EC', 'conditioning costs about 3 % more operations in training',
@@ -377,7 +377,7 @@ EC_TRAINING_CLAIMS = [
     Claim(24, 'EC', 'pooling positions 4x4 at inference is best',
         'the highest accuracy is achieved with a kernel size of 4 and stride of 4. Furthermore, we observe that there '
         'is a drop off in accuracy for kernel size of 1 and stride of 1', 'App. B', None,
-        (Comparison('linear probe, points, 4x4 − the pooling that speaks most against it', best_pooling, smallest=1.,
+        (Comparison('linear probe, points, 4x4 − the best other pooling', best_pooling, smallest=1.,
                     why=POINT_OF_EC),
          Comparison('linear probe, points, 4x4 − 1x1', pooling_gain('1x1'), smallest=1., why=POINT_OF_EC)),
         'ec_fig4_pooling', (beats_baselines,), every=True, facts=ec_facts('ec_fig4_pooling'),

@@ -46,7 +46,7 @@ FN_LOSS_CLAIMS = [
     Claim(1, 'FN', 'LayerNorm equalises token energies, DynTanh keeps their order',
         'LN forces all features to have identical L2 norms, effectively equalizing their energies [...] '
         'DynTanh activation as the latter better preserves token energies', 'abstract', None,
-        (Comparison('spread of energies that outlives the norm (log ratio), DynTanh − LayerNorm',
+        (Comparison('std / mean of energies, after over before the norm (log ratio), DynTanh − LayerNorm',
                     lambda t: paired(log_spread_ratio(t, TANH), log_spread_ratio(t, LN)), smallest=.1, why=TENTH),
          Comparison("LayerNorm's spread after over before the norm (log ratio)",
                     lambda t: log_spread_ratio(t, LN), sign=-1, smallest=.1, why=TENTH),
@@ -146,8 +146,8 @@ FN_FEATURE_CLAIMS = [
         caveat=lambda P: f'"by 0.08" (abstract, §7), but "from {P[6][RMSE]} to {P[5][RMSE]}" (§5) and in Table 1: '
                          f'{P[6][RMSE]-P[5][RMSE]:.3f}. The head was trained "on the test set of NYU-depth-V2" (§5) '
                          'or "on the training split of NYU Depth V2" (§8.4). Between seeds the difference varies by '
-                         'as much as the effect, so that 9 to 14 seeds would be needed to see it.',
-        remedy='heads on 9 to 14 seeds, a few minutes of a CPU core each once there are runs'),
+                         'as much as the effect.',
+        remedy='depth heads, a few minutes of a CPU core each once there are runs'),
     Claim(7, 'FN', 'DynTanh is better in all configurations',
         'across all of these configurations, the models trained with DynTanh at the end of the encoder perform better '
         'than models trained with LN at the end of the encoder', '§8.5', lambda P: P[1][ACC]-P[2][ACC],

@@ -191,9 +191,14 @@ class ResultFiles(RunFiles):
         return files
 
     def heads(self, runs)->list[str]:
-        "Depth heads on runs."
-        folders = [f for r in runs if r in self.head_runs for f in self.folders(r)]
-        return [f'{f}/eval/{h}{s}' for h in self.depth_heads for f in folders for s in HEAD_FILES]
+        "Depth heads on runs; their own weights where those of the run are kept."
+        at = [(f, self.head_files(r, k)) for r in runs if r in self.head_runs
+              for f, k in zip(self.folders(r), self.seeds[r])]
+        return [f'{f}/eval/{h}{s}' for h in self.depth_heads for f, kinds in at for s in kinds]
+
+    def head_files(self, run:str, seed)->tuple[str,...]:
+        "Endings of the files of a depth head that are read again: a head without its encoder predicts nothing."
+        return HEAD_FILES if self.keeps_weights(run, seed) else HEAD_FILES[:2]
 
     def same_untrained(self, run:str, seed)->str:
         "The first run with depth heads whose encoder is the same before training: one baseline serves both."
@@ -204,7 +209,7 @@ class ResultFiles(RunFiles):
         "Depth heads on runs before training."
         pairs = [(self.same_untrained(r, k), k) for r in runs if r in self.head_runs for k in self.seeds[r]]
         names = [f'{self.home}/baselines/{r}-seed{k}-{h}{s}' for h in self.depth_heads for r, k in pairs
-                 for s in HEAD_FILES]
+                 for s in self.head_files(r, k)]
         return unique(names)
 
     def sets(self, runs)->list[str]:

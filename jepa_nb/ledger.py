@@ -56,10 +56,11 @@ def ledger_row(
     j:Judgement,
     **more,     # further columns, such as the tier
 )->dict:
-    """One row of the ledger. Its number and interval are those of the claim's first part that was measured; of a claim
-    that is judged in parts, that is any, else the first, or one that decides the verdict."""
+    """One row of the ledger. Its number and interval are those of the first part with the verdict of the claim; where
+    no part has it, those of the first part, or of the first that was measured where parts are judged by themselves."""
     P, names = published(c.paper), [p.name for p in c.parts[:None if c.partial else 1]]
-    first = next((e for e in j.parts if e.name in names or e.verdict == j.verdict), None)
+    first = next((e for e in j.parts if e.verdict == j.verdict), None)
+    first = first or next((e for e in j.parts if e.name in names), None)
     of_paper = c.paper_value if first is None or first.name == c.parts[0].name else None # which is of that part
     return dict(number=c.number, paper=c.paper, claim=c.claim, quote=c.quote, section=c.section,
                 metric=first.name if first else c.parts[0].name, comparisons=len(c.parts),
@@ -161,13 +162,22 @@ def more_seeds(
                   if isinstance(r, Estimate) and r.low is not None and r.verdict == 'inconclusive']
     if few: return f'{claim.repeats}, three for each comparison (now {min(len(r.seeds) for r in few)})'
     if not open_parts: return ''
+    have = {p.name:len(r.seeds) for p, r in zip(claim.parts, results) if isinstance(r, Estimate)}
+    if used := next((p for p in open_parts if p.most_seeds and have[p.name] >= p.most_seeds), None):
+        return f'a new experiment: the {used.most_seeds} registered seeds are there, and none is added'
+    if looks := [p for p in open_parts if p.sequential]:
+        n = min(have[p.name] for p in looks)
+        at = next((k for k in LOOKS if k > n), None)
+        if at is None: return f'a new experiment: the stopping rule ends at {n} seeds'
+        return f'the next look of the stopping rule: {at} seeds of every run (now {n}), of {max(LOOKS)} at most'
     counts = [seeds_needed(p, tables) for p in open_parts]
     if None in counts:
         far = open_parts[counts.index(None)]
         by_images = any(isinstance(r, Estimate) and r.has_images for r in results)
         return (f'more than {MANY} {claim.repeats}{", or more test images"*by_images}: '
                 f'the interval of "{far.name}" is wide beside its distance from {far.bound:g}')
-    return f'about {max(counts)} {claim.repeats}, if difference and spread stay as they are'
+    of = f' for "{open_parts[counts.index(max(counts))].name}"' if len(claim.parts) > 1 else ''
+    return f'about {max(counts)} {claim.repeats}{of}, if difference and spread stay as they are'
 
 def missing_needs(
     claim:Claim,                # whose preconditions are checked
@@ -218,8 +228,9 @@ def cost_text(
         return f'make evaluate TIER={tier}, about {each} for each run and seed; {figure}'
     make = f'make reproduce TIER={tier}'
     if not all(of('train', r) for r in runs): return f'{make}; make dry TIER={tier} states the hours'
-    seed = max(of('train', r)+of('evaluate', r) for r in runs)
-    return f'{make}, about {time_text(seed)} for each run and seed, {draw} for the figure'
+    train, evaluate = (time_text(max(of(k, r) for r in runs)) for k in ('train', 'evaluate'))
+    return (f'{make}, about {train} of training and {evaluate} of evaluation for each run and seed, {draw} for the '
+            'figure')
 
 def what_decides(
     claim:Claim,           # in question
@@ -232,12 +243,14 @@ def what_decides(
     if results is None: results = compare_claim(claim, tables)
     verdict = judge(claim, tables, facts, results).verdict
     missing = missing_needs(claim, tables, facts)
+    is_valid = not missing
     missing += [r.missing or str(r) for r in results if isinstance(r, NotTestable)]
     if claim.every and verdict == 'fails': missing = [] # one part refutes it, whatever the others would say
-    else: missing.append(more_seeds(claim, results, tables))
+    elif is_valid: missing.append(more_seeds(claim, results, tables)) # else the spread is of runs that do not count
     if missing := [x for x in dict.fromkeys('; '.join(missing).split('; ')) if x]:
         needs = {(REDRAW,): 'redraw', (REFIT,): 'refit'}.get(tuple(missing))
         cost = cost_text(claim, tier, needs) if needs else claim.remedy or cost_text(claim, tier)
+        if missing[-1].startswith('a new experiment'): cost = ''
         return 'It would take ' + '; '.join(missing) + (f'. Cost: {cost}.' if cost else '.')
     if verdict == 'contradictory':
         return 'Nothing at this scale: each comparison is decided, and they disagree.'

@@ -15,7 +15,7 @@ from jepa_nb.stats import UNTESTED, VERDICTS
 
 ROOT = Path(__file__).resolve().parent.parent
 # whose figures are committed, and what their runs were trained on
-TIERS = dict(small='CIFAR-10', medium='Tiny ImageNet, 100 classes', beyond='rendered scenes, five minutes a run',
+TIERS = dict(small='CIFAR-10', medium='100 classes of Tiny ImageNet', beyond='rendered scenes, five minutes a run',
              recipes='CIFAR-10, trials')
 
 
@@ -38,7 +38,7 @@ def interval(r, digits=2):
 def judged(r):
     "The verdict of a row, and whether the published effect is excluded."
     word = 'not tested' if r['verdict'] == UNTESTED else r['verdict']
-    return f"*{word}*"+(', and the published effect is excluded' if r['excluded'] else '')
+    return f"*{word}*"+(', and the published effect is excluded at this scale' if r['excluded'] else '')
 
 
 def found():
@@ -53,12 +53,14 @@ def found():
                    f"(95 % interval over seeds and test images): {each(5)}; the paper reports "
                    f"{number(where(5)[0][1]['paper_value'], 1)} on ImageNet.")
     if where(4): out.append(f"Hill's tail index of its errors differs from LayerNorm's by {each(4)}.")
-    if where(18): out.append(f'Spatial conditioning of the encoders changes a linear probe by {each(18)}.')
+    if where(18):
+        out.append('Spatial conditioning of the encoders changes a linear probe, at the one size of the encoder that '
+                   f'was trained, by {each(18)}.')
     if where(23):
         cost = where(23)[0][1]
-        out.append("An update of ViT-L/16 with spatial conditioning costs "
-                   f"{float(cost['ours']):.1f} % more operations, where the paper says "
-                   f"{float(cost['paper_value']):.0f} %.")
+        if cost['metric'].startswith('operations of an update'):
+            out.append(f"With spatial conditioning an update of ViT-L/16 takes {float(cost['ours']):.1f} % more "
+                       f"operations; the paper says about {float(cost['paper_value']):.0f} %.")
     if not where(5) or not where(18):
         out.append('Accuracies are to be redrawn by the rules of RESULTS.md before they are judged.')
     return ' '.join(out)
@@ -215,7 +217,7 @@ BLOCKS = dict(norm=answer(NORM_OR_BETA, norm_answer), weights=answer(ENERGY_WEIG
               depth=sentence('fn_fig11_depth_maps',
                              'Depth heads on NYU Depth V2, RMSE at the truth\'s own scale, LayerNorm → DynTanh:', 6),
               ranks=sentence('fn_fig9_rank_curves', 'Rank scores', 11),
-              resume=sentence('fn_resume', 'Resumed in mid-epoch with the place in the data forgotten,', 13))
+              resume=sentence('fn_resume', "Resumed in mid-epoch without the data loader's state,", 13))
 
 FILES = ('README.md', 'RESULTS.md')
 NOTEBOOK = re.compile(r'(\[(\w+)\]\(nbs/(?:figures|beyond)/\2\.ipynb\))(?: \((?:\[\w+\]\(figures/[^)]*\)(?:, )?)+\))?')
