@@ -242,7 +242,7 @@ def test_figures_of_before_are_to_be_redrawn(tmp_path):
 
 LEARNED = {n for n in NUMBERS if beats_baselines in BY_NUMBER[n].needs}
 @pytest.mark.parametrize('given, blocked, because', [
-    (dict(above=False), LEARNED, '1.0 standard errors above'),
+    (dict(above=False), LEARNED, '1.0 standard errors in k-NN'),
     (dict(window=1), {3}, 'windows of 1 patch'), (dict(device='cpu'), {8, 9}, 'cpu')], ids=lambda v: str(v))
 def test_what_must_be_true_first(tmp_path, given, blocked, because):
     found = judged(write(tmp_path/'t', tier(**given)))
