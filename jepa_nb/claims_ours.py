@@ -39,7 +39,7 @@ class Contrast(NamedTuple):
                 values.setdefault(r.get('cell'), {})[int(seed)] = v
         if absent := [c for c in self.weights if c not in values]:
             raise NotTestable(f"{self.figure} has no {self.outcome} of {', '.join(absent)}",
-                              f"runs of {', '.join(absent)}")
+                              f"runs of {', '.join(sorted(absent))}")
         d = contrast_by_seed(values, self.weights)
         if len(d) < self.least_seeds:
             raise NotTestable(f"{len(d)} seeds in common, {self.least_seeds} are needed",
@@ -69,7 +69,8 @@ def experiment_facts(
     "Facts about the runs that enter some contrasts of one table."
     stem, entering = contrasts[0].figure, {c for k in contrasts for c in k.weights}
     rows = [r for r in tables[stem] if r.get('what') == 'run' and r.get('cell') in entering]
-    if not rows: raise NotTestable(f'{stem} has no runs of {", ".join(sorted(entering))}', 'the runs of the experiment')
+    if not rows: raise NotTestable(f'{stem} has no runs of {", ".join(sorted(entering))}',
+                                f'runs of {", ".join(sorted(entering))}')
     gains = [cell_number(r.get('gain_acc_z')) for r in rows]
     number = lambda k: (v := smallest(rows, k)) and int(v)
     return Facts(number('images_seen'), number('side'), number('window'), None, rows[0].get('data') or '',
