@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from jepa_nb.figure_files import is_stale, stale_figures
-from jepa_nb.files import sha256, weights_file
+from jepa_nb.files import sha256, weights_sha256
 from jepa_nb.launch import edited_figures, print_stale_figures
 from jepa_nb.ledger import CLAIMS
 from jepa_nb.tiers import figure_notebooks
@@ -191,9 +191,9 @@ def test_stamped_hashes_are_those_of_the_committed_files(path):
     assert about['sha256'] == {k: sha256(path.with_suffix(f'.{k}')) for k in ('csv', 'png')}
     for name, want in about['checkpoints'].items():
         if name.startswith('runs/'): continue
-        weights = weights_file(ROOT/name)
-        assert name.startswith(f'figures/{path.parent.name}/checkpoints/') and weights, f'{name} is not committed'
-        assert sha256(weights) == want, f'{name}: other weights than those of the figure'
+        found = weights_sha256(ROOT/name)
+        assert name.startswith(f'figures/{path.parent.name}/checkpoints/') and found, f'{name} is not committed'
+        assert found == want, f'{name}: other weights than those of the figure'
     uncommitted = {n.split('/')[2] for n in about['checkpoints'] if n.startswith('runs/')}
     both = {r for r in uncommitted if (path.parent/'checkpoints'/r).is_dir()}
     assert not both, 'drawn from other weights than those that are committed'

@@ -288,14 +288,15 @@ def test_measures_of_an_experiment(tmp_path):
     edited('jepa_nb/measures.py', lambda s: s+'x = 1\n')(folder)
     changed(**tier)(folder)
     assert plan(folder) == dict(measure=2, figure=1)
-    for seed in (0, 1): (home/f'fn_tanh/seed{seed}/config.yaml').write_text('{}')
+    for seed in (0, 1):
+        for name in ('config.yaml', 'log.jsonl'): (home/f'fn_tanh/seed{seed}/{name}').write_text('{}')
     files = [f'figures/tiny/checkpoints/fn_tanh/seed{k}/done.json' for k in (0, 1)]
     r = subprocess.run([sys.executable, '-m', 'snakemake', '--configfile', 'params/tiny.yaml', '--cores', '1', *files],
                        cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
     assert r.returncode == 0, r.stdout+r.stderr
     there = folder/'figures/tiny/checkpoints/fn_tanh/seed1'
-    assert sorted(p.name for p in there.rglob('*') if p.is_file()) == ['config.yaml', 'done.json', 'measures.json',
-                                                                       'probe.json']
+    assert sorted(p.name for p in there.rglob('*') if p.is_file()) == ['config.yaml', 'done.json', 'log.jsonl',
+                                                                       'measures.json', 'probe.json']
 
 
 def test_weights_of_the_first_seeds(tmp_path, monkeypatch):

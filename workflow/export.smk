@@ -35,7 +35,7 @@ else:
         params:
             run=RUN, whole=COMMITTED, to=COMMITTED + "eval",
             results=lambda wc, input: input[1:len(input)-len(input.figures)] + G.kept_results(wc.run, wc.seed),
-        shell: "rm -rf {params.whole:q}; " + COPY + "; cp {params.run:q}/config.yaml {params.whole:q}; cp {input[0]:q} {output:q}"
+        shell: "rm -rf {params.whole:q}; " + COPY + "; cp {params.run:q}/config.yaml {params.run:q}/log.jsonl {params.whole:q}; cp {input[0]:q} {output:q}"
 rule export_ranks:
     input: rules.rank.output, COMMITTED + "eval/probe.json"
     output: COMMITTED + "eval/ranks.json"
