@@ -7,7 +7,7 @@ __all__ = ['OUTCOMES', 'NORM_OR_BETA', 'NORM_NAMES', 'BETA_NAMES', 'WHERE', 'CON
            'GAMMAS', 'OUR_CLAIMS', 'Contrast', 'add_weights', 'experiment_facts', 'learned', 'comparison',
            'contrast_rows', 'contrast_text', 'table_of', 'question', 'norm_cell', 'loss_free', 'norm_contrasts',
            'beyond_contrasts', 'norm_answer', 'condition_cell', 'condition_contrasts', 'weight_cell',
-           'weight_contrasts', 'weight_answer']
+           'weight_contrasts', 'condition_answer', 'weight_answer']
 
 # %% ../nbs/52_claims_ours.ipynb #d199f74e
 from functools import partial
@@ -312,29 +312,61 @@ def _other_questions()->list[Claim]:
 OUR_CLAIMS:list[Claim] = _norm_questions()+_other_questions() # numbered from 101
 
 # %% ../nbs/52_claims_ours.ipynb #b3000002
+def _stated(
+    tables:Tables,
+    number:int,         # in the ledger
+    named:list[tuple],  # (name, contrast) of its parts
+)->tuple[str,str]:      # a sentence, and the verdict
+    "One statement of an experiment that adds seeds: its contrasts with their intervals, and its verdict."
+    said = []
+    for name, c in named:
+        try:
+            if c.outcome == 'acc_late': learned(experiment_facts(tables, (c,)), tables)
+            said.append(f'{name}: {_in_words(estimate(comparison(c, sequential=True), tables))}')
+        except NotTestable as why: said.append(f'{name}: not tested, {why}')
+    title, claim = OUTCOMES[named[0][1].outcome][0], next(c for c in OUR_CLAIMS if c.number == number)
+    word = judge(claim, tables).verdict
+    return f"{title[0].upper()+title[1:]}. {'; '.join(said)}. Claim {number}, {claim.claim}: {word}.", word
+
+def _looks(tables:Tables, named:list[tuple])->list[str]:
+    "What the stopping rule asks for, a sentence for each contrast that it waits for."
+    found = []
+    for name, c in named:
+        try: n = part_values(comparison(c, sequential=True), tables)
+        except NotTestable: continue
+        look = next_seeds(n.by_seed, n.se_images or 0., OUTCOMES[c.outcome][1])
+        found.append(f"The stopping rule, {name}: {look.reason.replace('-', '−')}.")
+    return found
+
+def condition_answer(
+    rows:list[dict], # of the table
+)->list[str]:
+    "What the second experiment found, a sentence for each statement, then what was registered to follow from them."
+    tables, found, words = Tables({CONDITIONING: rows}), [], {}
+    if not any(r['what'] == 'run' for r in rows): return ['This experiment has no runs yet.']
+    contrasts = [(c.name, c) for c in condition_contrasts()]
+    for number, part in zip((111, 112, 113, 114), contrasts):
+        sentence, words[number] = _stated(tables, number, [part])
+        found.append(sentence)
+    found += _looks(tables, contrasts[:2])
+    tokens, position = words[112], words[111]
+    if (position, tokens) == ('absent', 'holds'):
+        found.append('As registered: the gain of EC here is that of more tokens.')
+    if (position, tokens) == ('absent', 'absent'): found.append('As registered: EC has no gain at this scale.')
+    if words[113] == 'fails': found.append("As registered: EC's Figure 2 is contradicted here.")
+    return found
+
 def weight_answer(
     rows:list[dict], # of the table
 )->list[str]:
-    """What the third experiment found, a sentence for each statement, then what the stopping rule asks for and what the
+    """What the third experiment found, a sentence for each statement, what the stopping rule asks for, and what the
     check of the weights lets one say."""
-    tables, found = Tables({ENERGY_WEIGHTS: rows}), []
-    asked = dict(cause='energy − shuffled', worth='energy − unweighted', check='unweighted − energy')
-    for (key, name), number in zip(asked.items(), (121, 122, 123)):
-        said, contrasts = [], weight_contrasts()[key]
-        for gamma, c in zip(GAMMAS, contrasts):
-            try:
-                if c.outcome == 'acc_late': learned(experiment_facts(tables, (c,)), tables)
-                said.append(f'γ = {gamma}: {_in_words(estimate(comparison(c, sequential=True), tables))}')
-            except NotTestable as why: said.append(f'γ = {gamma}: not tested, {why}')
-        title, claim = OUTCOMES[contrasts[0].outcome][0], next(c for c in OUR_CLAIMS if c.number == number)
-        word = judge(claim, tables).verdict
-        found.append(f"{title[0].upper()+title[1:]}, {name}. {'; '.join(said)}. Claim {number}, {claim.claim}: {word}.")
-        if key == 'cause':
-            for gamma, c in zip(GAMMAS, contrasts):
-                try: n = part_values(comparison(c, sequential=True), tables)
-                except NotTestable: continue
-                look = next_seeds(n.by_seed, n.se_images or 0., OUTCOMES[c.outcome][1])
-                found.append(f'The stopping rule at γ = {gamma}: {look.reason}.')
+    tables, found, statements = Tables({ENERGY_WEIGHTS: rows}), [], weight_contrasts()
+    named = {key: [(c.name.replace('gamma', 'γ ='), c) for c in cs] for key, cs in statements.items()}
+    for number, parts in zip((121, 122, 123), named.values()):
+        sentence, word = _stated(tables, number, parts)
+        found.append(sentence)
+    found[1:1] = _looks(tables, named['cause'])
     if word != 'holds':
         found.append(f'Claim 123 is the check of the weights, and its verdict is {word}. Where it fails, claim 121 '
                      'says nothing about FN, as registered; before it is decided, claim 121 is not interpreted.')

@@ -9,7 +9,14 @@ import sys
 from pathlib import Path
 
 from jepa_nb.claims import level_text
-from jepa_nb.claims_ours import ENERGY_WEIGHTS, NORM_OR_BETA, norm_answer, weight_answer
+from jepa_nb.claims_ours import (
+    CONDITIONING,
+    ENERGY_WEIGHTS,
+    NORM_OR_BETA,
+    condition_answer,
+    norm_answer,
+    weight_answer,
+)
 from jepa_nb.figure_files import stale_figures
 from jepa_nb.stats import UNTESTED, VERDICTS
 
@@ -212,8 +219,9 @@ def sentence(name, before, n):
     return of
 
 
-BLOCKS = dict(norm=answer(NORM_OR_BETA, norm_answer), weights=answer(ENERGY_WEIGHTS, weight_answer),
-              trials=trials, table1=table1, ec=ec, claims=claims, ours=ours,
+BLOCKS = dict(norm=answer(NORM_OR_BETA, norm_answer), conditions=answer(CONDITIONING, condition_answer),
+              weights=answer(ENERGY_WEIGHTS, weight_answer), trials=trials, table1=table1,
+              ec=ec, claims=claims, ours=ours,
               depth=sentence('fn_fig11_depth_maps',
                              'Depth heads on NYU Depth V2, RMSE at the truth\'s own scale, LayerNorm → DynTanh:', 6),
               ranks=sentence('fn_fig9_rank_curves', 'Rank scores', 11),
