@@ -456,8 +456,8 @@ def untested_parts(
     whole = {s for s in map(size_of, why) if s and all(p.name in why for p in claim.parts if size_of(p.name) == s)}
     labels = {}
     for name, reason in why.items():
-        label = size_of(name) if size_of(name) in whole else name
-        labels.setdefault(label, reason.partition('; ')[0])
+        label, reason = size_of(name) if size_of(name) in whole else name, reason.partition('; ')[0]
+        labels.setdefault(label, 'no run of it in this tier' if label in whole and 'has no row' in reason else reason)
     return [f'{label} not tested ({reason})' for label, reason in labels.items()]
 
 def judge(
