@@ -57,7 +57,7 @@ def found():
     out = []
     if where(5):
         out.append("A DynTanh in place of the output LayerNorm of I-JEPA changes a linear probe by this many points "
-                   f"(95 % interval over seeds and test images): {each(5)}; the paper reports "
+                   f"(95 % interval over seeds and test images): {each(5)}. The paper reports "
                    f"{number(where(5)[0][1]['paper_value'], 1)} on ImageNet.")
     if where(4): out.append(f"Hill's tail index of its errors differs from LayerNorm's by {each(4)}.")
     if where(18):
@@ -70,7 +70,7 @@ def found():
                        f"operations; the paper says about {float(cost['paper_value']):.0f} %.")
     if not where(5) or not where(18):
         out.append('Accuracies are to be redrawn by the rules of RESULTS.md before they are judged.')
-    return ' '.join(out)
+    return '\n'.join(f'- {x}' for x in out)
 
 
 # columns of the tables of accuracies, and how they are called
