@@ -35,7 +35,7 @@ from .conditioning import RankGenerator
 from .config import Config
 from .files import RunError, WriteError, checkpoint_folders, checkpoint_step
 from .recipes import ConfigError
-from .processes import MORE_ROOM, SHARED, is_no_room
+from .processes import MORE_SPACE, SHARED, is_no_room
 
 # %% ../nbs/34_devices.ipynb #0f83a955
 STOP_SIGNALS = tuple(getattr(signal, s) for s in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, s))
@@ -112,7 +112,7 @@ def no_room(run:Path)->str:
     "Message of the error that ends a run where shared memory is too small for the loader processes."
     try: size = f' ({shutil.disk_usage(SHARED).total/2**20:.3g} MB)'
     except OSError: size = ''
-    return f"{run}: loader processes found no room in {SHARED}{size}; data.workers=0 does without, {MORE_ROOM}"
+    return f"{run}: loader processes found no space in {SHARED}{size}; data.workers=0 does without, {MORE_SPACE}"
 
 
 # %% ../nbs/34_devices.ipynb #5d2db2d5

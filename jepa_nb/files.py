@@ -110,7 +110,7 @@ def write_atomic(path, data:str|bytes):
 def write_together(
     files:dict, # path -> text or bytes; the first takes its name last
 ):
-    "Write several files that belong together: all of them, or none where the disk has no room for all."
+    "Write several files that belong together: all of them, or none where the disk has no space for all."
     with ExitStack() as stack:
         for path, data in files.items():
             stack.enter_context(new_file(path)).write_bytes(data.encode() if isinstance(data, str) else data)

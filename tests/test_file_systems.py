@@ -556,7 +556,8 @@ def test_training_in_64_kilobytes_of_shared_memory(tmp_path, photos):
 
 def test_a_loader_process_killed_elsewhere_is_one_line(tmp_path):
     "Torch raises in the middle of an update, where the loader cannot catch it."
-    with pytest.raises(RunError, match='found no room in /dev/shm.*data.workers=0 does without, docker run --shm-size'):
+    said = 'found no space in /dev/shm.*data.workers=0 does without, docker run --shm-size'
+    with pytest.raises(RunError, match=said):
         with run_guard(tmp_path/'run', StopSignals()):
             raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. ')
 

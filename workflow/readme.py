@@ -61,8 +61,8 @@ def found():
                    f"{number(where(5)[0][1]['paper_value'], 1)} on ImageNet.")
     if where(4): out.append(f"Hill's tail index of its errors differs from LayerNorm's by {each(4)}.")
     if where(18):
-        out.append('Spatial conditioning of the encoders changes a linear probe, at the one size of the encoder that '
-                   f'was trained, by {each(18)}.')
+        smaller = ' of the smaller encoder' if all(r['metric'].endswith('size 1') for _, r in where(18)) else ''
+        out.append(f'Spatial conditioning of the encoders changes a linear probe{smaller} by {each(18)}.')
     if where(23):
         cost = where(23)[0][1]
         if cost['metric'].startswith('operations of an update'):
