@@ -165,21 +165,28 @@ def test_two_steps_at_reduced_width(run, tmp_path):
 
 
 def test_twins_differ_like_the_rows():
-    "The small twins of a row differ from those of row 5 in what the row differs in."
-    for size in ('tiny', 'small'):
-        name = lambda n: {5: 'dyntanh', 6: 'layernorm'}.get(n, f'row{n}')
-        twin = {n: load_config(ROOT/f'params/train/fn_{size}_{name(n)}.yaml') for n in WINDOWED}
-        for n, cfg in twin.items():
-            full = config(WINDOWED[n], 'authors_code=false')
-            assert cfg.encoder.norm_out == full.encoder.norm_out and cfg.scale.rounding == full.scale.rounding
-            assert cfg.masks.window/twin[5].masks.window == full.masks.window/2
-            assert cfg.optim.lr/twin[5].optim.lr == full.optim.lr/5e-4
-            assert (cfg.encoder.mlp == 'expert_choice') == (full.encoder.mlp == 'expert_choice')
-            assert (1-cfg.teacher.steady)/(1-twin[5].teacher.steady) == pytest.approx((1-full.teacher.steady)/(1-.999))
-            # a constant has no end of its own
-            assert (1-cfg.teacher.end)/(1-twin[5].teacher.end) == pytest.approx((1-full.teacher.end)/(1-.9995)) or n < 3
-        assert twin[7].encoder.experts > 1
-        assert twin[7].pack.rows*2 == twin[5].pack.rows and twin[7].run.steps == 2*twin[5].run.steps
+    "The tiny twins of a row differ from those of row 5 in what the row differs in."
+    name = lambda n: {5: 'dyntanh', 6: 'layernorm'}.get(n, f'row{n}')
+    twin = {n: load_config(ROOT/f'params/train/fn_tiny_{name(n)}.yaml') for n in WINDOWED}
+    for n, cfg in twin.items():
+        full = config(WINDOWED[n], 'authors_code=false')
+        assert cfg.encoder.norm_out == full.encoder.norm_out and cfg.scale.rounding == full.scale.rounding
+        assert cfg.masks.window/twin[5].masks.window == full.masks.window/2
+        assert cfg.optim.lr/twin[5].optim.lr == full.optim.lr/5e-4
+        assert (cfg.encoder.mlp == 'expert_choice') == (full.encoder.mlp == 'expert_choice')
+        assert (1-cfg.teacher.steady)/(1-twin[5].teacher.steady) == pytest.approx((1-full.teacher.steady)/(1-.999))
+        # a constant has no end of its own
+        assert (1-cfg.teacher.end)/(1-twin[5].teacher.end) == pytest.approx((1-full.teacher.end)/(1-.9995)) or n < 3
+    assert twin[7].encoder.experts > 1
+    assert twin[7].pack.rows*2 == twin[5].pack.rows and twin[7].run.steps == 2*twin[5].run.steps
+
+
+@pytest.mark.parametrize('size', ['tiny', 'small', 'medium'])
+def test_smaller_pairs_differ_in_the_norm_alone(size):
+    x, y = (load_config(ROOT/f'params/train/fn_{size}_{norm}.yaml') for norm in ('dyntanh', 'layernorm'))
+    assert (x.encoder.norm_out, y.encoder.norm_out) == ('dyntanh', 'layernorm')
+    same = lambda c: replace(c, encoder=replace(c.encoder, norm_out='none'), run=replace(c.run, name=''))
+    assert same(x) == same(y) and x.masks.window == 2 and x.scale.max_side > x.scale.min_side # FN's geometry
 
 
 @pytest.mark.parametrize('setting', ['run.epoch_images=abc', 'run.epoch_images=true', 'run.epochs=.inf',
