@@ -335,5 +335,5 @@ def memorised(f, tables):
         mean = 100*np.mean(list(gap.values()))
         raise NotTestable(f'nothing was memorised: the loss on unseen images is {mean:+.2g} % from that on seen ones, '
                           'and the interval does not exclude 0',
-                          'runs that memorise: 20 epochs or more on 5,000 images')
+                          'runs that memorise: fewer images, more epochs or a larger model')
 

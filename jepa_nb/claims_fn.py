@@ -229,7 +229,7 @@ FN_RECIPE_CLAIMS = [
          Comparison('jump without replacement, %', lambda t: resume_jump(t, 'without replacement'), smallest=1.,
                     why=JUMP)),
         'fn_resume', (mid_epoch, memorised), facts=lambda t: Facts(),
-        remedy='runs of 20 epochs on 5,000 images, resumed in the middle of one: about an hour of a CPU core each',
+        remedy='runs of many epochs on few images, resumed in the middle of one: ten CPU-minutes each, or more',
         caveat='"All reported models were trained with shuffling with replacement" (§8.2), but row 9 is a run '
                '"using the code from IJEPA" (§8.5).'),
     Claim(14, 'FN', 'more experts probe better',
