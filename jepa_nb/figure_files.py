@@ -133,8 +133,9 @@ def scale_line(
     return (f'{tier}: ' if tier else '') + ', '.join(parts) + (f' – {hint}' if hint else '')
 
 # %% ../nbs/06_figure_files.ipynb #c0f60002
-def _pin_legends(fig):
-    "Fix the figure's legends where they are: one outside the axes would follow the lower edge of the saved file."
+def _pin_layout(fig):
+    "Fix axes and legends where they are: a legend outside the axes would follow the lower edge of the saved file."
+    fig.set_layout_engine('none') # it would give the axes the space of a legend that it no longer places
     for legend in fig.legends:
         corner = legend.get_window_extent().transformed(fig.transFigure.inverted()).min
         legend.set_loc('lower left')
@@ -156,7 +157,7 @@ def write_scale(
                  linespacing=1.25, gid='scale')
     t.set_label(line)
     t.set_visible(visible)
-    if visible: _pin_legends(fig)
+    if visible: _pin_layout(fig)
     return fig
 
 def written_scale(fig)->str|None:

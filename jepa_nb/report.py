@@ -73,7 +73,7 @@ def try_csv(
 
 # %% ../nbs/77_report.ipynb #df838b4b
 # in the order of the pages; smoke learns nothing and is left out
-REPORTED_TIERS = ('quick', 'small', 'medium', 'beyond', 'recipes', 'paper')
+REPORTED_TIERS = ('quick', 'small', 'medium', 'beyond', 'recipes', 'recipes_tiny_imagenet', 'paper')
 
 def tiers_of(root:Path)->list[str]:
     "The tiers that have figures."

@@ -23,7 +23,7 @@ from jepa_nb.stats import UNTESTED, VERDICTS
 ROOT = Path(__file__).resolve().parent.parent
 # whose figures are committed, and what their runs were trained on
 TIERS = dict(small='CIFAR-10', medium='100 classes of Tiny ImageNet', beyond='rendered scenes, five minutes a run',
-             recipes='CIFAR-10, trials')
+             recipes='CIFAR-10, trials', recipes_tiny_imagenet='Tiny ImageNet, trials')
 
 
 def ledger_rows(tier):
@@ -199,10 +199,11 @@ def trials(tier):
         if r['what'] == 'published': continue
         if r['what'] == 'trial' and not int(float(r['is_end'])): continue
         is_trial = r['what'] == 'trial'
-        seen = [f"{int(float(r['images'])):,}", show(r, 'minutes')] if is_trial else ['–']*2
-        of = f" of {r['family']}" if r['family'] else ''
+        seen = [f"{int(float(r['images'])):,}" if r['images'] else '–', show(r, 'minutes')]
+        of = f" of {r['family']}" if r['family'] and r['what'] == 'baseline' else ''
         several = len({x['seed'] for x in rows if x['trial'] == r['trial']}) > 1
-        name = f"{r['family']}: {r['trial']}{', seed '+r['seed'] if several else ''}" if is_trial else r['trial']+of
+        name = f"{r['family']}: {r['trial']}" if is_trial else r['trial']+of
+        name += f", seed {r['seed']}" if several else ''
         cells = [name, r['changed'] or '–', *seen, *(show(r, k) for k in ('acc_late', 'acc_last4', 'knn_late'))]
         out.append(f"| {' | '.join(cells)} |")
     return '\n'.join([*out, '', json.loads(file.with_suffix('.json').read_text())['claim']['ours']+'.'])
