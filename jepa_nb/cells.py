@@ -190,7 +190,7 @@ def draw_contrasts(
     (low, high), y = ax.get_xlim(), len(rows)
     ax.set(xlim=(min(low, -least), max(high, least)), yticks=range(y), ylim=(y-.4, -.6))
     ax.set_xlabel(textwrap.fill(unit, TITLE_CHARS))
-    ax.set_yticklabels([r['name'] for r in rows], fontsize=7.5)
+    ax.set_yticklabels([textwrap.fill(r['name'], TITLE_CHARS) for r in rows], fontsize=7.5)
 
 # %% ../nbs/49_cells.ipynb #2361833c
 TONES = ('#222222', '#C44E52', '#4C72B0', '#888888') # of the lines
