@@ -479,5 +479,5 @@ def judge(
     else: reasons = list(why.values()) if word == UNTESTED else untested_parts(claim, why) if claim.partial else []
     reported_only = [r for r in compare(claim.reported_only, tables) if isinstance(r, Estimate)]
     return Judgement(word, '; '.join(dict.fromkeys(reasons)), parts, reported_only, scale,
-                     published_excluded(claim, results[0]) if word != UNTESTED else '')
+                     published_excluded(claim, results[0]) if word not in (UNTESTED, 'contradictory') else '')
 

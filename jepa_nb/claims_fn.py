@@ -58,7 +58,8 @@ FN_LOSS_CLAIMS = [
                'what is informative is the order. The paper measures no energy.'),
     Claim(2, 'FN', 'tokens of high energy lie on objects',
         'high-energy tokens (those with larger L2 norms) encode semantically important image regions', 'abstract', None,
-        tuple(Comparison(f'AUROC of energy against object masks, above chance and random weights, {name}',
+        tuple(Comparison('AUROC of energy against object masks of rendered scenes, above chance and random '
+                         f'weights, {name}',
                          auroc_gain(name), smallest=.02, why='a prior for the centre of the image gives ten times that')
               for name in (TANH, LN)),
         'fn_energy', (beats_baselines,), caveat='Stated, not measured.'),
@@ -110,8 +111,8 @@ FN_LOSS_CLAIMS = [
         caveat="The paper's mechanism, stated and not measured."),
     Claim(27, 'FN', 'the foreground has the highest losses',
         'As expected, for both IJEPA-Tanh and IJEPA-LN, the foreground has the highest losses', '§5', None,
-        tuple(Comparison(f'mean loss on objects over that beside them (log ratio), {name}', objects_loss(name),
-                         smallest=.05, why='five percent of the loss') for name in (TANH, LN)),
+        tuple(Comparison(f'mean loss on objects of rendered scenes over that beside them (log ratio), {name}',
+                         objects_loss(name), smallest=.05, why='five percent of the loss') for name in (TANH, LN)),
         'fn_energy', (beats_baselines,), every=True,
         caveat='Shown as pictures of "several images" (Figure 2); no object masks were compared.'),
 ]
@@ -165,7 +166,8 @@ FN_FEATURE_CLAIMS = [
                     negate(at_last_step('rankme_released', math.log)), smallest=.05, why='five percent of the score'),
          Comparison("LiDAR as the authors' code has it (log), LayerNorm − DynTanh",
                     negate(at_last_step('lidar_released', math.log)), smallest=.05, why='five percent of the score'),
-         Comparison('probe accuracy, points, DynTanh − LayerNorm', at_last_step('acc'), smallest=1., why=POINT)),
+         Comparison('probe, points, mean of the last third of depths, DynTanh − LayerNorm', at_last_step('acc'),
+                    smallest=1., why=POINT)),
         'fn_oracles', (beats_baselines,), together=opposed,
         reported_only=(Comparison('RankMe as published (log), LayerNorm − DynTanh',
                                   negate(at_last_step('rankme', math.log))),

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import yaml
-from scipy.special import stdtrit
 
 from jepa_nb.claims import (
     REDRAW, REFIT, Claim, Comparison, Estimate, Facts, Judgement, NotTestable, Tables, compare_claim, judge,
@@ -24,7 +23,7 @@ from .claims_ec import EC_CLAIMS
 from .claims_fn import FN_CLAIMS
 from .claims_ours import OUR_CLAIMS
 from .files import repo_root
-from .stats import LOOKS, spread
+from .stats import LOOKS, Spread, half_width, spread
 
 
 # %% ../nbs/53_ledger.ipynb #81819166
@@ -139,16 +138,13 @@ def seeds_needed(
     s = spread(n.by_seed, n.se_images or 0.)
     if s is None: return None
     into = math.log if part.ratio else float
-    have, images, bound = len(n.by_seed), (n.se_images or 0.)**2, into(part.bound)
-    gap, seeds = part.sign*(s.mean-bound), max(0., s.error**2-images)*have # of a single seed
+    have, bound = len(n.by_seed), into(part.bound)
+    gap, one = part.sign*(s.mean-bound), s.seeds*math.sqrt(have) # of a single seed
     upper = math.inf if part.upper is None else into(part.upper)-bound
     smallest = into(part.smallest) if part.smallest else 0.
     far = min(abs(gap), abs(upper-gap)) # from the nearest bound
     for k in range(have, MANY+1):
-        one = seeds/k
-        df = (k-1)*(1+images/one)**2 if one > 0 else math.inf
-        half = float(stdtrit(df, .975))*math.sqrt(one+images)
-        if half < max(far, smallest-abs(gap)): return k
+        if half_width(Spread(s.mean, one/math.sqrt(k), s.images, k)) < max(far, smallest-abs(gap)): return k
     return None
 
 def more_seeds(
@@ -222,6 +218,10 @@ def cost_text(
     of = lambda kind, run='': seconds.get(f'{kind} {run}', seconds.get(kind, 0))
     draw = time_text(of('figure', claim.figure))
     figure = f'make figures TIER={tier}, about {draw} for the figure'
+    if claim.figure not in costs['figures']:
+        return (f'make reproduce TIER={tier} with the figure and its runs in params/{tier}.yaml, about '
+                f"{time_text(of('train'))} of training and {time_text(of('evaluate'))} of evaluation for each run "
+                'and seed')
     if needs == 'redraw' or not runs: return figure
     if needs == 'refit':
         each = time_text(max(of('evaluate', r) for r in runs))
@@ -229,8 +229,8 @@ def cost_text(
     make = f'make reproduce TIER={tier}'
     if not all(of('train', r) for r in runs): return f'{make}; make dry TIER={tier} states the hours'
     train, evaluate = (time_text(max(of(k, r) for r in runs)) for k in ('train', 'evaluate'))
-    return (f'{make}, about {train} of training and {evaluate} of evaluation for each run and seed, {draw} for the '
-            'figure')
+    return (f'{make} with these runs in params/{tier}.yaml, about {train} of training and {evaluate} of evaluation for '
+            f'each run and seed, {draw} for the figure')
 
 def what_decides(
     claim:Claim,           # in question

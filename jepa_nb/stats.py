@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['MIN_SEEDS', 'UNTESTED', 'VERDICTS', 'LOOKS', 'MIN_PAIRS', 'bootstrap', 'bootstrap_weights', 'percentile_intervals',
-           'paired', 'image_error', 'Spread', 'spread', 'paired_interval', 'p_value', 'significantly_greater',
-           'verdict', 'holm', 'SeedLook', 'look_at', 'next_seeds', 'rank_average', 'spearman', 'auroc',
-           'spearman_interval']
+           'paired', 'image_error', 'Spread', 'spread', 'half_width', 'paired_interval', 'p_value',
+           'significantly_greater', 'verdict', 'holm', 'SeedLook', 'look_at', 'next_seeds', 'rank_average', 'spearman',
+           'auroc', 'spearman_interval']
 
 # %% ../nbs/04_stats.ipynb #bb2a923f
 import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.optimize import brentq
+from scipy.special import ndtri, stdtrit
 
 
 # %% ../nbs/04_stats.ipynb #5bf0d3cf
@@ -80,43 +81,50 @@ def image_error(
 MIN_SEEDS = 3 # paired seeds, below which there is no interval
 
 class Spread(NamedTuple):
-    "Mean of paired differences, its standard error, and the degrees of freedom of that."
+    "Mean of paired differences, and the two parts of its standard error."
     mean:float
-    error:float
-    df:float
+    seeds:float  # standard error over seeds
+    images:float # standard error over shared test images
+    n:int        # seeds
 
 def spread(
     differences,  # one per seed: a list, or a dict by seed
     se_images=0., # standard error over shared test images, of `image_error`
 )->Spread|None:   # None below three seeds
-    "Combine the spread over seeds with that over images (degrees of freedom: Satterthwaite 1946)."
+    "Mean and standard errors of paired differences."
     d = np.array(list(differences.values() if isinstance(differences, dict) else differences), dtype=float)
     if len(d) < MIN_SEEDS: return None
-    seeds, images = d.var(ddof=1)/len(d), float(se_images)**2
-    df = (len(d)-1)*(1+images/seeds)**2 if seeds > 0 else math.inf
-    return Spread(float(d.mean()), math.sqrt(seeds+images), float(df))
+    return Spread(float(d.mean()), float(d.std(ddof=1))/math.sqrt(len(d)), float(se_images), len(d))
+
+def half_width(
+    s:Spread,
+    error=.05, # probability of missing the truth
+)->float:
+    "Half the width of the interval: seeds with Student's quantile, images with the normal one (Howe 1974)."
+    return math.hypot(stdtrit(s.n-1, error/2)*s.seeds, ndtri(error/2)*s.images)
 
 def paired_interval(
     differences,  # one per seed: a list, or a dict by seed
     se_images=0., # standard error over shared test images, of `image_error`
     level=.95,    # confidence
 )->tuple[float,float]|None: # lower and upper end; None below three seeds
-    "Student's interval of the mean over seeds and test images."
+    "Interval of the mean over seeds and test images."
     s = spread(differences, se_images)
     if s is None: return None
-    half = float(stdtrit(s.df, .5+level/2))*s.error
+    half = half_width(s, 1-level)
     return s.mean-half, s.mean+half
 
 def p_value(
     differences,  # one per seed: a list, or a dict by seed
     se_images=0., # standard error over shared test images, of `image_error`
     bound=0.,     # the mean that is tested
-)->float|None:    # two-sided; None below three seeds
-    "Probability of a mean at least so far from the bound if the bound were the truth (Student's test)."
+)->float|None:    # two-sided, 1e-12 or more; None below three seeds
+    "The probability of error at which the interval ends at the bound."
     s = spread(differences, se_images)
     if s is None: return None
-    if s.error == 0: return float(s.mean == bound)
-    return 2*float(stdtr(s.df, -abs(s.mean-bound)/s.error))
+    gap, least = abs(s.mean-bound), 1e-12
+    if half_width(s, least) <= gap: return least if gap else 1.
+    return float(brentq(lambda p: half_width(s, p)-gap, least, 1., xtol=1e-15, rtol=1e-12))
 
 def significantly_greater(
     a:dict,       # seed -> number

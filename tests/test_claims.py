@@ -456,7 +456,8 @@ def test_every_row_says_what_would_decide_it(tmp_path):
     for given in (dict(), dict(side=0), dict(seeds=2), dict(above=False)):
         for r in judged(write(tmp_path/str(len(given)), tier(**given))).values(): assert r['decides'].endswith('.')
     found = {r['number']: r['decides'] for r in ledger(write(tmp_path/'small', tier(side=0)), 'small')}
-    assert 'make reproduce TIER=small, about' in found[5] and 'for each run and seed' in found[5]
+    assert 'make reproduce TIER=small with these runs in params/small.yaml, about' in found[5]
+    assert 'for each run and seed' in found[5]
     assert 'on a GPU' in found[8]
 
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.special import stdtr, stdtrit
+from scipy.special import ndtri, stdtrit
 
 from jepa_nb.claims import Estimate, adjust, combine
 from jepa_nb.stats import LOOKS, holm, image_error, next_seeds, p_value, paired_interval, spearman_interval, verdict
@@ -14,14 +14,26 @@ from jepa_nb.stats import LOOKS, holm, image_error, next_seeds, p_value, paired_
 RUNS = 20_000
 
 
-def simulated(d, se=0., level=.95):
-    "Ends of the intervals of `paired_interval`, and one-sided p-values of a mean below 0, for rows of differences."
+def half_widths(d, se, error):
+    "Half the width of the interval of `paired_interval` for rows of differences."
     n = d.shape[-1]
-    mean, seeds, images = d.mean(-1), d.var(-1, ddof=1)/n, np.asarray(se)**2
-    df = (n-1)*(1+images/seeds)**2
-    error = np.sqrt(seeds+images)
-    half = stdtrit(df, .5+level/2)*error
-    return mean-half, mean+half, stdtr(df, mean/error)
+    return np.hypot(stdtrit(n-1, error/2)*d.std(-1, ddof=1)/n**.5, ndtri(error/2)*se)
+
+
+def simulated(d, se=0., level=.95):
+    "Ends of the intervals of `paired_interval` for rows of differences."
+    mean, half = d.mean(-1), half_widths(d, se, 1-level)
+    return mean-half, mean+half
+
+
+def p_below(d, se=0.):
+    "One-sided p-values of a mean below 0, for rows of differences: the two-sided one by bisection."
+    mean, low, high = d.mean(-1), np.full(d.shape[:-1], -12.), np.zeros(d.shape[:-1]) # log10 of p
+    for _ in range(50):
+        p = (low+high)/2
+        too_small = half_widths(d, se, 10**p) > abs(mean)
+        low, high = np.where(too_small, p, low), np.where(too_small, high, p)
+    return np.where(mean < 0, 10**low/2, 1-10**low/2)
 
 
 def draw(rng, n, sd_seeds, se_images, runs=RUNS):
@@ -33,39 +45,56 @@ def test_the_simulation_computes_what_the_library_does():
     rng = np.random.default_rng(0)
     for n in (3, 5, 8):
         d = draw(rng, n, .4, .5, 50)
-        low, high, p = simulated(d, .5, .985)
+        low, high = simulated(d, .5, .985)
+        p = p_below(d, .5)
         for k in range(50):
             assert np.allclose(paired_interval(d[k], .5, .985), (low[k], high[k]))
-            assert math.isclose(p_value(d[k], .5), 2*min(p[k], 1-p[k]))
+            assert math.isclose(p_value(d[k], .5), 2*min(p[k], 1-p[k]), rel_tol=1e-6)
+
+
+OWN = .48 # standard error in points of one seed's own answers to 8,000 test images; a part of the spread over seeds
 
 
 @pytest.mark.parametrize('n', [3, 5, 8])
 def test_intervals_cover_the_truth(n):
-    """At the sizes of this workbook (seeds sd 0.2 to 0.7 points, images 0.46 to 0.65), and where one of the two is next
-    to nothing. The dip is at three seeds whose part is as large as that of the images."""
-    rng = np.random.default_rng(n)
-    found = {}
-    for sd in (.2, .45, .7, .01):
-        for se in (.46, .65, .01):
-            low, high, _ = simulated(draw(rng, n, sd, se), se)
+    """At the sizes of this workbook: seeds sd 0 to 2 points beyond their own answers, images 0 to 0.25. Where the two
+    parts are equal at three seeds, coverage exceeds 97 % by a little: the price of never being below 95."""
+    rng, found = np.random.default_rng(n), {}
+    for sd in (0, .2, .4, .8, 2.):
+        for se in (.01, .05, .1, .15, .2, .25):
+            low, high = simulated(draw(rng, n, math.hypot(sd, OWN), se), se)
             found[sd, se] = float(((low <= 0) & (0 <= high)).mean())
-    assert all(.93 <= c <= .97 for c in found.values()), found
+    assert all(.945 <= c <= .98 for c in found.values()), found
+    assert .945 <= np.mean(list(found.values())) <= .97
+    for sd, se in ((.5, .5), (.3, .65), (1., .6)):
+        low, high = simulated(draw(rng, n, sd, se), se)
+        assert .945 <= ((low <= 0) & (0 <= high)).mean() <= .985
 
 
-@pytest.mark.parametrize('images', [3000, 10_000])
-def test_intervals_cover_the_truth_with_the_error_over_images_estimated(images):
-    """The whole way from answers per image: two models that are right on most of the same images. Where images
-    contribute nothing, their error is estimated as 0 or a little more: coverage may exceed 97 % there, and does not."""
-    rng, found = np.random.default_rng(images), {}
-    for shared in (.25, 0.): # sd over images of what all seeds have in common
-        covered = []
-        for _ in range(400):
-            d = rng.choice([-1, 0, 1], (3, images), p=(.1, .8, .1)).astype(np.float32)
-            d += rng.normal(0, .004, (3, 1))+rng.normal(0, shared, images)
-            low, high = paired_interval(d.mean(1), image_error(d, np.zeros_like(d)))
-            covered.append(low <= 0 <= high)
-        found[shared] = np.mean(covered)
-    assert all(.92 <= c <= .98 for c in found.values()), found # 400 runs: two standard errors are 2 %
+def estimated(values):
+    "`image_error` of the differences of many experiments at once, [runs seeds images]."
+    n, images = values.shape[1:]
+    by_image, by_seed = values.mean(1), values.mean(2)
+    between = n*by_image.var(1, ddof=1)
+    total = ((values-values.mean((1, 2), keepdims=True))**2).sum((1, 2))
+    rest = total-between*(images-1)-images*(n-1)*by_seed.var(1, ddof=1)
+    return np.sqrt(np.maximum(0, between-rest/((n-1)*(images-1)))/(n*images))
+
+
+@pytest.mark.parametrize('sd', [0., .4, 2.])
+@pytest.mark.parametrize('shared', [0., .1, .25])
+def test_intervals_cover_the_truth_with_the_error_over_images_estimated(sd, shared):
+    """The whole way from answers per image, at three seeds, where the error over images is estimated, too. One quantile
+    for both parts, with the degrees of freedom of Satterthwaite, covered 92 % here."""
+    rng, covered, images = np.random.default_rng(3), [], 500
+    for _ in range(20):
+        v = rng.normal(0, OWN*images**.5, (200, 3, images))
+        v += rng.normal(0, sd, (200, 3, 1))+rng.normal(0, shared*images**.5, (200, 1, images))
+        se = estimated(v)
+        assert math.isclose(se[0], image_error(v[0], np.zeros_like(v[0])), rel_tol=1e-6, abs_tol=1e-9)
+        low, high = simulated(v.mean(2), se)
+        covered += ((low <= 0) & (0 <= high)).tolist()
+    assert .935 <= np.mean(covered) <= .98 # 4,000 experiments: two standard errors are 0.7 %
 
 
 def test_the_error_over_images_is_the_image_component():
@@ -78,31 +107,31 @@ def test_the_error_over_images_is_the_image_component():
 
 @pytest.mark.parametrize('m', [2, 6, 10])
 def test_a_claim_about_all_is_seldom_called_false_by_chance(m):
-    "m true nulls, three seeds: by its own interval one of them fails in 5, 14, 22 % of cases; by Holm in 5 % at most."
+    "m true nulls, three seeds: by its own interval one of them fails in 5, 12, 19 % of cases; by Holm in 5 % at most."
     rng = np.random.default_rng(m)
-    d = np.stack([draw(rng, 3, .45, .5) for _ in range(m)], 1) # [runs m 3]
-    _, high, p = simulated(d, .5)
+    d = np.stack([draw(rng, 3, .6, .1) for _ in range(m)], 1) # [runs m 3]
+    high, p = simulated(d, .1)[1], p_below(d, .1)
     plain = (high < 0).any(1).mean()
     by_holm = np.mean([any(holm(row, .025)) for row in p])
-    assert by_holm <= .05 and abs(plain-{2: .05, 6: .14, 10: .22}[m]) < .03
+    assert by_holm <= .05 and abs(plain-{2: .05, 6: .12, 10: .19}[m]) < .02
     # the rule itself does the same
     runs = [[Estimate('', 0, -1, 1, (), 'fails' if h < 0 else 'inconclusive', x) for h, x in zip(*r)]
             for r in zip(high[:2000], p[:2000])]
     words = [combine([e.verdict for e in adjust(es)], every=True) for es in runs]
     assert words.count('fails')/2000 <= .05
     # and a difference that is there is found
-    _, high, p = simulated(d[:500]-4, .5)
+    p = p_below(d[:500]-8, .1)
     assert np.mean([any(holm(row, .025)) for row in p]) > .5
 
 
-@pytest.mark.parametrize('sd, se', [(.45, .3), (.7, 0.), (.2, .6)])
+@pytest.mark.parametrize('sd, se', [(OWN, .1), (.7, 0.), (.2, .6), (1., .3)])
 def test_adding_seeds_is_wrong_in_5_of_100_runs_at_most(sd, se):
     """No difference: *holds* or *fails* in 5 % or less, over all looks. A difference of the smallest effect: *absent*
     or *fails* in 5 % or less. Looking at three, five and eight seeds at 95 % each is wrong more often."""
     def ends(d, levels, smallest=1.):
         words = np.full(len(d), 'inconclusive', dtype='U12')
         for n, error in levels.items():
-            low, high, _ = simulated(d[:, :n], se, 1-error)
+            low, high = simulated(d[:, :n], se, 1-error)
             is_open = words == 'inconclusive'
             now = np.select([(low > -smallest) & (high < smallest), low > 0, high < 0],
                             ['absent', 'holds', 'fails'], 'inconclusive')
@@ -113,7 +142,7 @@ def test_adding_seeds_is_wrong_in_5_of_100_runs_at_most(sd, se):
     assert wrong(ends(d, LOOKS), 'holds', 'fails') <= .05
     assert wrong(ends(d+1, LOOKS), 'absent', 'fails') <= .05
     naive = wrong(ends(d, dict.fromkeys(LOOKS, .05), smallest=0.), 'holds', 'fails')
-    assert naive > .055 > wrong(ends(d, LOOKS, smallest=0.), 'holds', 'fails')
+    assert naive > .05 >= wrong(ends(d, LOOKS, smallest=0.), 'holds', 'fails')
     for k in range(40): # the library's rule, step by step
         look = next(x for n in LOOKS if (x := next_seeds(d[k, :n], se, smallest=1.)).stop)
         assert look.verdict == ends(d[k:k+1], LOOKS)[0]
