@@ -6,8 +6,8 @@
 __all__ = ['OUTCOMES', 'NORM_OR_BETA', 'NORM_NAMES', 'BETA_NAMES', 'WHERE', 'SHORT', 'CONDITIONING', 'ENERGY_WEIGHTS', 'KINDS',
            'RANGES', 'GAMMAS', 'OUR_CLAIMS', 'Contrast', 'add_weights', 'experiment_facts', 'learned', 'comparison',
            'contrast_rows', 'contrast_text', 'table_of', 'question', 'norm_cell', 'loss_free', 'norm_contrasts',
-           'beyond_contrasts', 'norm_answer', 'condition_cell', 'condition_contrasts', 'weight_cell',
-           'weight_contrasts', 'condition_answer', 'weight_answer']
+           'beyond_contrasts', 'norm_at_one', 'norm_answer', 'condition_cell', 'condition_contrasts', 'condition_gain',
+           'weight_cell', 'weight_contrasts', 'condition_answer', 'weight_answer']
 
 # %% ../nbs/52_claims_ours.ipynb #d199f74e
 from functools import partial
@@ -195,7 +195,8 @@ def beyond_contrasts()->list[Contrast]:
 # %% ../nbs/52_claims_ours.ipynb #a45e0002
 WHERE = dict(holds='above 0', fails='below 0', absent='smaller than is of interest', inconclusive='not decided')
 
-SHORT = dict(norm='the norm', interaction='norm and beta together', beta='beta', scale='LayerNorm scaled by 0.3')
+SHORT = dict(norm='the norm', interaction='what beta 1 adds to the norm', beta='beta',
+             scale='what beta 1 adds to scaling LayerNorm by 0.3') # beyond beta, scaling at beta 1 alone
 
 def _in_words(e)->str:
     "An estimate as a number, its interval, and where that lies."
@@ -203,18 +204,30 @@ def _in_words(e)->str:
     span = '' if e.low is None else f' [{number(e.low)}, {number(e.high)}]{level_text(e.level)}'
     return f'{number(e.mean)}{span}, {WHERE.get(e.verdict, e.verdict)}'
 
+def norm_at_one()->Contrast:
+    "FN's own comparison, which was not registered: the probe of DynTanh minus that of LayerNorm at beta 1."
+    return Contrast(NORM_OR_BETA, 'DynTanh − LayerNorm at beta 1', 'acc_late',
+                    add_weights((1, _at(NORM_NAMES['dyntanh'], '1')), (-1, _at(NORM_NAMES['layernorm'], '1'))), 5, 5)
+
+def _not_registered(tables:Tables, c:Contrast, what:str)->list[str]:
+    "A sentence on a contrast that was looked at afterwards; none where it cannot be computed."
+    try: e = estimate(comparison(c), tables)
+    except NotTestable: return []
+    return [f'Not registered, {what} at this scale. {OUTCOMES[c.outcome][0]}, {c.name}: {_in_words(e)} (95 %).']
+
 def norm_answer(
     rows:list[dict], # of the table
 )->list[str]:
-    """What the first experiment found: first which contrasts differ from 0, then a sentence for each outcome with every
-    contrast, or why it has no answer."""
-    tables, found, decided = Tables({NORM_OR_BETA: rows}), [], []
+    """What the first experiment found: first which contrasts differ from 0 by what is of interest, then a sentence for
+    each outcome with every contrast, or why it has no answer, and last FN's own comparison."""
+    tables, found, decided, count = Tables({NORM_OR_BETA: rows}), [], [], 0
     for outcome in ('acc_late', 'tail_index', 'beyond_beta', 'energy_corr'):
         with_l2 = outcome != 'beyond_beta' # which L2 has not
         free = 'the mean of beta = std and L2' if with_l2 else 'beta = std'
         asked = dict(norm=f'DynTanh − LayerNorm at {free}', interaction='the same at beta 1, minus that',
                      beta=f'beta 1 minus {free}, over all norms',
                      scale='LayerNorm scaled by 0.3 minus LayerNorm, at beta 1'+', minus the same at L2'*with_l2)
+        short = SHORT if with_l2 else SHORT | dict(scale='scaling LayerNorm by 0.3')
         said, contrasts, sides = [], norm_contrasts(outcome), {}
         for name in asked:
             c = contrasts[name]
@@ -223,15 +236,17 @@ def norm_answer(
                 e = estimate(comparison(c), tables)
             except NotTestable as why: said.append(f'{asked[name]}: not tested, {why}')
             else:
+                count += e.low is not None
                 said.append(f'{asked[name]}: {_in_words(e)}')
-                if e.verdict in ('holds', 'fails'): sides.setdefault(WHERE[e.verdict], []).append(SHORT[name])
+                if e.verdict in ('holds', 'fails'): sides.setdefault(WHERE[e.verdict], []).append(short[name])
         title = OUTCOMES[outcome][0]
-        sides = [f"{', '.join(names)} {side}" for side, names in sides.items()]
+        sides = [f"{', '.join(names)}: {side}" for side, names in sides.items()]
         if sides: decided.append(f"{title.split(' (')[0]} ({'; '.join(sides)})")
         found.append(f"{title[0].upper()+title[1:]}. {'; '.join(said)}.")
-    short = f"In short, contrasts that differ from 0: {', '.join(decided)}; every other" if decided else (
-        'In short, every contrast')
-    return [f'{short} is not decided, or smaller than is of interest.', *found]
+    lie = f"these lie on one side of 0: {', '.join(decided)}; every other is" if decided else 'each is'
+    return [f'In short, of {count} intervals of 95 %, not corrected for their number, {lie} not decided, or smaller '
+            'than is of interest.', *found, *_not_registered(tables, norm_at_one(), "FN's own comparison")]
+
 
 
 # %% ../nbs/52_claims_ours.ipynb #6ece7106
@@ -257,6 +272,11 @@ def condition_contrasts()->list[Contrast]:
             make('tokens − none', 'acc_late', *tokens, (-1, none)),
             make('positions − none, from 0.4 minus from 0.85', 'acc_late', (1, gain('0.4')), (-1, gain('0.85'))),
             make('none − positions', 'position_share', (1, none), (-1, positions))]
+
+def condition_gain()->Contrast:
+    "EC's own comparison, which was not registered: the probe with conditioning minus that without, over both ranges."
+    return Contrast(CONDITIONING, 'positions − none, mean over both ranges', 'acc_late',
+                    add_weights((1, _kind('positions', *RANGES)), (-1, _kind('none', *RANGES))))
 
 GAMMAS = ('1', '2')
 
@@ -363,7 +383,7 @@ def condition_answer(
         found.append('As registered: the gain of EC here is that of more tokens.')
     if (position, tokens) == ('absent', 'absent'): found.append('As registered: EC has no gain at this scale.')
     if words[113] == 'fails': found.append("As registered: EC's Figure 2 is contradicted here.")
-    return found
+    return found+_not_registered(tables, condition_gain(), "EC's own comparison")
 
 def weight_answer(
     rows:list[dict], # of the table
