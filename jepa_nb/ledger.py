@@ -56,10 +56,9 @@ def ledger_row(
     **more,     # further columns, such as the tier
 )->dict:
     """One row of the ledger. Its number and interval are those of the first part with the verdict of the claim; where
-    no part has it, those of the first part, or of the first that was measured where parts are judged by themselves."""
-    P, names = published(c.paper), [p.name for p in c.parts[:None if c.partial else 1]]
-    first = next((e for e in j.parts if e.verdict == j.verdict), None)
-    first = first or next((e for e in j.parts if e.name in names), None)
+    no part has it, those of the first that was measured."""
+    P = published(c.paper)
+    first = next((e for e in j.parts if e.verdict == j.verdict), None) or next(iter(j.parts), None)
     of_paper = c.paper_value if first is None or first.name == c.parts[0].name else None # which is of that part
     return dict(number=c.number, paper=c.paper, claim=c.claim, quote=c.quote, section=c.section,
                 metric=first.name if first else c.parts[0].name, comparisons=len(c.parts),

@@ -1,5 +1,6 @@
 "Rules for the repository as a whole: export, imports, names, sizes, style, settings."
 import ast
+import csv
 import importlib
 import json
 import re
@@ -11,6 +12,8 @@ from collections import defaultdict
 import pytest
 import yaml
 from conftest import BIN, ROOT
+
+from jepa_nb.stats import UNTESTED
 
 NOTEBOOKS = [p for p in sorted((ROOT/'nbs').rglob('[!_.]*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
 MODULES = {m.group(2): int(m.group(1)) for p in NOTEBOOKS if (m := re.match(r'(\d\d)_(\w+)$', p.stem))}
@@ -217,6 +220,21 @@ def test_recipe_promises(path):
     head = ' '.join(line for line in path.read_text().splitlines() if line.startswith('#'))
     assert 'ublished' in head and 'figures/' in head
     assert load_config(path).run.name == path.stem
+
+
+@pytest.mark.parametrize('ledger', sorted(ROOT.glob('figures/*/claims.csv')), ids=lambda p: p.parent.name)
+def test_figures_say_what_the_ledger_says(ledger):
+    "The verdicts in the JSONs of a tier are those of its ledger, but for a claim that needs a second figure."
+    with open(ledger, newline='') as f: words = {int(r['number']): r['verdict'] for r in csv.DictReader(f)}
+    def answers(claim):
+        if isinstance(claim.get('claim'), int): yield claim
+        for v in claim.values():
+            if isinstance(v, dict): yield from answers(v)
+    for path in sorted(ledger.parent.glob('*.json')):
+        claim = json.loads(path.read_text())['claim']
+        for a in answers(claim) if path.stem != 'claims' and isinstance(claim, dict) else ():
+            needs_more = a['verdict'] == UNTESTED and re.search(r'no \w+ in this tier', a['reason'])
+            assert a['verdict'] == words[a['claim']] or needs_more, (path.name, a['claim'])
 
 
 def test_readme_quotes_the_figures():

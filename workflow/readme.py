@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from jepa_nb.claims import level_text
+from jepa_nb.claims import level_text, published, resolve
 from jepa_nb.claims_ours import (
     CONDITIONING,
     ENERGY_WEIGHTS,
@@ -18,6 +18,7 @@ from jepa_nb.claims_ours import (
     weight_answer,
 )
 from jepa_nb.figure_files import stale_figures
+from jepa_nb.ledger import CLAIMS
 from jepa_nb.stats import UNTESTED, VERDICTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,11 +49,25 @@ def judged(r):
     return f"*{word}*"+(', and the published effect is excluded at this scale' if r['excluded'] else '')
 
 
+def smallest(n):
+    "The smallest effect of interest of a claim's first comparison."
+    return next(c for c in CLAIMS if c.number == n).parts[0].smallest
+
+
+def cost_of_paper():
+    "What the second paper says that conditioning costs, in %."
+    claim = next(c for c in CLAIMS if c.number == 23)
+    return resolve(claim.paper_value, published(claim.paper))
+
+
 def found():
     "What was found, in a few sentences: claims 5, 18, 4 and 23, of every tier that has a number."
     rows = {t: ledger_rows(t) for t in TIERS}
     def where(n): return [(t, rows[t][n]) for t in reversed(TIERS) if n in rows[t] and rows[t][n]['ours']]
-    def each(n): return '; '.join(f"{interval(r)} on {TIERS[t].split(',')[0]}, {r['seeds']} seeds ({judged(r)})"
+    def word(r):
+        absent = r['verdict'] == 'absent'
+        return judged(r)+(f": less than {smallest(int(r['number'])):g} either way" if absent else '')
+    def each(n): return '; '.join(f"{interval(r)} on {TIERS[t].split(',')[0]}, {r['seeds']} seeds ({word(r)})"
                                   for t, r in where(n))
     out = []
     if where(5):
@@ -65,9 +80,14 @@ def found():
         out.append(f'Spatial conditioning of the encoders changes a linear probe{smaller} by {each(18)}.')
     if where(23):
         cost = where(23)[0][1]
-        if cost['metric'].startswith('operations of an update'):
-            out.append(f"With spatial conditioning an update of ViT-L/16 takes {float(cost['ours']):.1f} % more "
-                       f"operations; the paper says about {float(cost['paper_value']):.0f} %.")
+        def of(what):
+            found = re.findall(rf'{what}[^;]*, ViT-\S+; from [^:]*: \+([\d.]+)', cost['parts'])
+            return ' and '.join(f'{float(v):.1f}' for v in found)
+        update, forward = of('operations of an update'), of('operations of the forward')
+        if update and forward:
+            out.append(f'With spatial conditioning updates of ViT-L/16 and ViT-H/14 take {update} % more operations '
+                       f"with gradients, and {forward} % more in the forward passes alone; the paper says about "
+                       f"{cost_of_paper():.0f} %.")
     if not where(5) or not where(18):
         out.append('Accuracies are to be redrawn by the rules of RESULTS.md before they are judged.')
     return '\n'.join(f'- {x}' for x in out)
@@ -157,10 +177,14 @@ def ledger_table(rows):
         return value(r['ours'])+(f" [{value(r['low'])}, {value(r['high'])}]{level}" if r['low'] else '')
     def said(r):
         why = r['reason'].split(';')[0] if r['verdict'] == UNTESTED else r['reason']
+        if r['verdict'] == 'contradictory': why = '; '.join(x for x in (r['parts'], why) if x).replace('-', '−')
         return f"{judged(r)}{f': {why}' if why else ''}"
     def decides(r): return '–' if r['decides'].startswith('Decided') else r['decides']
+    def compared(r):
+        n = int(r['comparisons'])
+        return r['metric']+(f' (1 of {n} comparisons)' if n > 1 else '')
     return ['| claim | compared | paper | ours, 95 % interval | verdict | what would decide it |', '|---'*6+'|',
-            *(f"| {r['number']} · {r['claim']} | {r['metric']} | {value(r['paper_value'])} | {ours(r)} | {said(r)} "
+            *(f"| {r['number']} · {r['claim']} | {compared(r)} | {value(r['paper_value'])} | {ours(r)} | {said(r)} "
               f'| {decides(r)} |' for r in rows)]
 
 
