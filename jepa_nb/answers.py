@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .files import RunError, repo_path, short_path
-from .result_files import add_late
+from .result_files import add_late, read_result
 from .stats import image_error
 
 
@@ -52,7 +52,7 @@ def read_answers(
 )->Answers:
     "A measure of an evaluation, with its answers per image where they were kept."
     path = repo_path(path)
-    result = add_late(json.loads(path.read_text()))
+    result = add_late(read_result(path))
     found, values, index, labels = _rows(result, measure), None, np.zeros(0, int), np.zeros(0, int)
     if found and (file := path.with_suffix('.npz')).is_file():
         with np.load(file, allow_pickle=False) as z:
@@ -128,5 +128,5 @@ def runs_by_seed(
 )->dict:     # seed -> JSON
     "The evaluations of some runs by their seeds; runs that were not evaluated are left out."
     found = [p for f in folders if (p := find_result(f, name))]
-    return {json.loads(p.read_text())['seed']:p for p in found}
+    return {read_result(p)['seed']:p for p in found}
 

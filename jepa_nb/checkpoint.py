@@ -389,6 +389,7 @@ def _copy_records(
 def _check_replaceable(run, out, step):
     "Raise RunError where writing to `out` would remove more than an exported folder that can be written again."
     if not os.path.lexists(out): return
+    if out.is_dir() and not any(not f.is_dir() for f in out.rglob('*')): return # folders that a workflow made
     names = {f.name for f in out.iterdir()} if out.is_dir() else None
     is_export = names is not None and names <= EXPORTED and (not names or bool(names & {'SHA256SUMS', 'done.json'}))
     if not is_export or out.resolve() == run.resolve():
@@ -416,7 +417,9 @@ def export_checkpoint(
     jepa, cfg = open_run(folder, parts=parts)
     is_matrix = lambda v: v.is_floating_point() and v.ndim > 1
     weights = {k:v.to(torch.bfloat16) if is_matrix(v) else v for k, v in jepa.state_dict().items()}
-    trained = {k:v for k, v in training_progress(folder).items() if k in ('step', 'images')}
+    progress = training_progress(folder)
+    trained = {k:v for k, v in progress.items() if k in ('step', 'images')}
+    if trained: trained |= {k:v for k, v in progress.get('facts', progress).items() if k == 'device'}
     with new_folder(out) as tmp:
         save_file(_cpu(weights), tmp/'model.safetensors')
         save_config(cfg, tmp/'config.yaml')

@@ -43,8 +43,11 @@ OutNorm  = Literal[Norm, 'layernorm_scaled']     # of the encoder's features
 def _is_loss_beta(v):
     "Reject what is no positive number and none of the two names."
     if isinstance(v, str) and v in ('std', 'l2'): return v
+    given = v
+    try: v = float(v) if isinstance(v, str) else v # YAML reads 1e-3 as text
+    except ValueError: pass
     if isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < float('inf'): return float(v)
-    raise ValueError(f"should be a positive number, std or l2, not {str(v)[:80]!r}")
+    raise ValueError(f"should be a positive number, std or l2, not {str(given)[:80]!r}")
 LossBeta = Annotated[float|str, BeforeValidator(_is_loss_beta)]
 STRICT   = dict(extra='forbid')
 

@@ -76,7 +76,7 @@ def _seconds(run:Path)->float|None:
 
 def run_scale(
     run, # a run folder, or an exported one
-)->dict: # seed, data, rendered, side (pixels), images, seen, minutes, threads, device
+)->dict: # seed, data, rendered, side (pixels), images, seen, minutes, threads, device (None: not known)
     "Read what a run was trained on, and for how long."
     cfg, progress = load_config(config_file(run)), training_progress(run)
     seconds, path = _seconds(Path(run)), Path(cfg.data.path or 'scenes')
@@ -86,7 +86,7 @@ def run_scale(
     return dict(seed=cfg.run.seed, data=data, rendered=rendered, side=side,
                 images=cfg.data.images if rendered else None, seen=progress.get('images'),
                 minutes=seconds and seconds/60, threads=cfg.run.threads,
-                device=progress.get('facts', {}).get('device', 'cpu'))
+                device=progress.get('facts', progress).get('device'))
 
 # %% ../nbs/06_figure_files.ipynb #5ca1e003
 LEARNS_NOTHING = 'smoke: a test of the code; nothing is learned at this size'
@@ -108,7 +108,7 @@ def _trained(scales:list[dict], timed:bool)->list[str]:
     each, seeds = 'each run' if len(scales) > 1 else 'one run', sorted({s['seed'] for s in scales})
     where = f"{span('threads', str)} core{'s' if max(s['threads'] for s in scales) != 1 else ''}"
     if not scales[0]['threads']: where = 'all cores'
-    if scales[0]['device'] != 'cpu': where = 'a GPU'
+    if scales[0]['device'] not in ('cpu', None): where = 'a GPU'
     if all(s['rendered'] for s in scales):
         images = f"{span('images', _count)} rendered images of {span('side', str)} px"
     else:

@@ -16,7 +16,7 @@ from .code_behind import code_fingerprint, notebook_modules
 from .recipes import eval_overrides, load_config, make_depth, untrained_fingerprint, yaml_word
 from jepa_nb.tiers import (
     DEPTH_OPTIONS, EVAL_KEYS, TAKEN, CliError, as_overrides, figure_notebooks, measure_settings, missing_path,
-    pooling_conditions, pooling_evals, rank_settings, run_eval, run_sets, scenes_folder, with_seed,
+    pooling_conditions, pooling_evals, rank_settings, run_config, run_eval, run_sets, scenes_folder, with_seed,
 )
 
 # %% ../nbs/71_graph.ipynb #187c94bf
@@ -154,7 +154,9 @@ class ResultFiles(RunFiles):
 
     def probes_on_the_way(self, runs)->list[str]:
         "Probes of the checkpoints that runs keep on their way."
-        kept = lambda run: self.all_runs[run].get('settings', {}).get('run.keep_at', []) # of its own
+        def kept(run): # of its own, and before its end
+            own = self.all_runs[run].get('settings', {}).get('run.keep_at', [])
+            return [k for k in own if k < run_config(self.tier, run).run.steps]
         return [f'{f}/eval/probe-{step}.json' for r in runs for step in kept(r) for f in self.folders(r)]
 
     def ranks(self, runs)->list[str]:
@@ -409,8 +411,7 @@ class CommittedFiles(FigureFiles):
         "Everything that is committed."
         files = []
         for r in self.committed_runs():
-            first = 'eval/probe.json' if self.evaluates else 'model.safetensors' # weights that were taken stay
-            whole = [first, *(['eval/ranks.json'] if self.exports_ranks(r) else [])]
+            whole = ['eval/probe.json', *(['eval/ranks.json'] if self.exports_ranks(r) else [])]
             files += [f'{self.figures_folder}/checkpoints/{r}/seed{k}/{n}' for k in self.seeds[r]
                       for n in (whole if self.keeps_weights(r, k) else ['done.json'])]
         return files + [self.committed_path(f) for f in self.committed_baselines()]

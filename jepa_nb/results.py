@@ -21,7 +21,7 @@ from .figure_files import COMMITTED, tier_of
 from jepa_nb.files import (
     RunError, check_writable, new_file, read_json, repo_path, repo_root, sha256, short_path, weights_file, writing,
 )
-from .result_files import add_late, free_name, late_depths
+from .result_files import add_late, free_name, late_depths, read_result
 from .sources import data_fingerprint, size_fingerprint
 
 # %% ../nbs/44_results.ipynb #6888aca5
@@ -45,7 +45,7 @@ def _missing_result(home:Path, names, reads)->str|None:
                 file, fewest = r if isinstance(r, tuple) else (r, 0)
                 path, short = f/'eval'/file, f'{name}/{f.name}/eval/{file}'
                 if not path.is_file(): return short
-                if fewest and len(json.loads(path.read_text())['checkpoints']) < fewest:
+                if fewest and len(read_result(path)['checkpoints']) < fewest:
                     return f'{short} with {fewest} checkpoints or more'
     return None
 
@@ -102,7 +102,7 @@ def read_probe(
     "The result of `evaluate` for a run. Raises RunError where there is none."
     path = repo_path(path)
     for p in ((path,) if path.is_file() else (path/'eval'/f'{name}.json', path/f'{name}.json')):
-        if p.is_file(): return add_late(json.loads(p.read_text()))
+        if p.is_file(): return add_late(read_result(p))
     raise RunError(f"{short_path(path)}: not evaluated{'' if name == 'probe' else f' on {name}'}; `jepa_nb eval "
                    f"{short_path(path)}` does it")
 
@@ -113,7 +113,7 @@ def read_ranks(
     "The result of `rank_checkpoints` for a run. Raises RunError where there is none."
     for p in (repo_path(run)/'eval'/'ranks.json', repo_path(run)/'ranks.json'):
         if not p.is_file(): continue
-        found = json.loads(p.read_text())
+        found = read_result(p)
         if along and any(c['step'] is None for c in found['checkpoints']):
             raise RunError(f"{short_path(run)}: was converted from a file that does not say its updates; this "
                            f"figure is over training")
@@ -175,7 +175,7 @@ def run_result(
 # %% ../nbs/44_results.ipynb #053f8137
 def _late_answers(path:Path, measure:str)->tuple[float,int,dict|None]:
     "Share of right answers at the late depths, test images, and that share by image number where it was kept."
-    r = json.loads(path.read_text())
+    r = read_result(path)
     rows = [r['depths'].index(d) for d in late_depths(r['depths'])]
     share, kept = float(np.mean([r[measure][k] for k in rows])), None
     if (file := path.with_suffix('.npz')).is_file():
@@ -192,7 +192,7 @@ def _untrained(run:Path, data:str)->Path|None:
     ranked = ((p.stem == f'{name}-{run.name}', of(p) == name, of(p) == pair, of(p).rpartition('_')[0] == pair, p)
               for p in (run.parents[1]/'baselines').glob('*-seed*.json') if re.search(r'-seed\d+$', p.stem))
     found = [r for r in sorted(ranked, reverse=True) if any(r[:4])]
-    return next((p for *_, p in found if json.loads(p.read_text()).get('data') == data), None)
+    return next((p for *_, p in found if read_result(p).get('data') == data), None)
 
 def gain_z(
     run,              # run folder, evaluated

@@ -272,6 +272,10 @@ def check_run(tier:dict, name:str):
     is_list = isinstance(seeds, list) and 0 < len(seeds) <= 1000 and len(set(map(str, seeds))) == len(seeds)
     if not is_list or not all(type(k) is int and 0 <= k < 2**62 for k in seeds):
         raise CliError(f"run {name}: seeds should be a list of whole numbers, e.g. [0, 1], not {shown(seeds)}")
+    for k in ('run.seed', 'run.name'):
+        if k in tier.get('settings', {}) | run.get('settings', {}):
+            raise CliError(f"run {name}: {k} in settings would be that of every seed; its name and its seeds, "
+                           "such as seeds: [0, 1], set it")
     run_config(tier, name)
     run_eval(tier, name)
 

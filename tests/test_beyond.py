@@ -8,8 +8,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from jepa_nb.cells import read_cells, run_folders, tier_to_read
 from jepa_nb.claims import judge, read_tables
 from jepa_nb.claims_ours import CONDITIONING, ENERGY_WEIGHTS, GAMMAS, KINDS, NORM_OR_BETA, OUR_CLAIMS
+from jepa_nb.files import RunError
 from jepa_nb.ledger import ledger
 from jepa_nb.tiers import figure_notebook, figure_parameters, read_tier, run_config
 
@@ -149,6 +151,36 @@ def test_an_incomplete_run_and_a_second_one_are_named(tmp_path, invented):
     gone = [r for r in runs if (r.cell, r.seed) != ('DynTanh beta std', 3)]
     rows = missing_rows(sorted({r.cell for r in runs}), gone, {}, 5)
     assert [(r['cell'], r['reason']) for r in rows] == [('DynTanh beta std', '4 of 5 runs')]
+
+def change(path, **entries): path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+@pytest.mark.parametrize('file, entries, said', [
+    ('probe', dict(checkpoint_sha256='1'*64), 'measures.json and probe.json are of different weights'),
+    ('measures', dict(images=['c', 'd']), 'its measures are of other images than those of ')])
+def test_results_that_do_not_belong_together_are_left_out(tmp_path, file, entries, said):
+    folders = [invent(tmp_path/f'a/seed{k}', k, dict(), .5) for k in (0, 1)]
+    change(tmp_path/f'a/seed1/eval/{file}.json', **entries)
+    runs, missing = read_cells(folders, lambda s: 'cell')
+    assert [r.seed for r in runs] == [0] and said in ' '.join(missing.values())
+
+def test_a_damaged_result_is_named(tmp_path):
+    folder = Path(invent(tmp_path/'a/seed0', 0, dict(), .5))
+    for text in ('', '{"acc"', '[1]'):
+        (folder/'eval/probe.json').write_text(text)
+        with pytest.raises(RunError, match='seed0/eval/probe.json: '): read_cells([folder], lambda s: 'cell')
+
+@pytest.mark.parametrize('given, said', [
+    (5, '5: should be a list of run folders'), ([5], 'should be a list'), ('', 'should be a list'),
+    (['nope'], 'nope: no such folder'), (['params', 'params/'], 'params/?: is given twice')])
+def test_folders_that_are_none(given, said):
+    with pytest.raises(RunError, match=said): run_folders(given, None)
+
+def test_a_figure_in_no_tiers_folder_reads_the_default():
+    read = [tier_to_read(None, out, 'beyond') for out in ('figures/own/x', 'figures/smoke/x', None)]
+    assert read == ['beyond', 'smoke', 'beyond']
+    assert tier_to_read('medium', 'figures/own/x', 'beyond') == 'medium'
+    for wrong in ('nope', '../small', ['small']):
+        with pytest.raises(RunError, match='no such tier; there are beyond'): tier_to_read(wrong, None, 'beyond')
 
 def test_every_cell_of_the_tier_differs_in_its_settings_alone():
     from jepa_nb.claims_ours import condition_cell, norm_cell, weight_cell

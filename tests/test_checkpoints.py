@@ -125,6 +125,18 @@ def test_a_folder_that_no_export_wrote_is_not_replaced(whole, tmp_path, name):
     with pytest.raises(RunError, match='is no exported folder that may be replaced'): export_checkpoint(whole, out)
     assert names(out) == [name]
 
+def test_an_export_takes_folders_that_a_workflow_made(whole, tmp_path):
+    "Snakemake makes the folders of a job's outputs before the job, and removes the outputs that are there."
+    out = tmp_path/'mine'
+    (out/'eval').mkdir(parents=True)
+    for _ in range(2):
+        export_checkpoint(whole, out)
+        assert 'model.safetensors' in names(out)
+        (out/'eval').mkdir(exist_ok=True)
+        (out/'eval/probe.json').unlink(missing_ok=True)
+    trained = json.loads((out/'trained.json').read_text())
+    assert trained['device'] == 'cpu' # so that its minutes are not taken for another machine's
+
 def test_what_was_added_to_an_exported_folder_is_not_lost(whole, tmp_path):
     out = export_checkpoint(whole, tmp_path/'small')
     (out/'eval').mkdir()

@@ -112,3 +112,21 @@ def test_runs_of_other_settings_are_refused(in_clone, tmp_path):
     (runs[1].folder/'config.yaml').write_text('run: {steps: 7}')
     with pytest.raises(SystemExit, match='fn_tanh/seed0: was begun with other settings than params/smoke.yaml has'):
         gpu.refuse_changed(g, runs)
+
+
+@pytest.mark.parametrize('words', ['--part 0', '--part -1', '--jobs 0', '--minutes nan', '--minutes -5', '--seeds -1',
+                                   '--size inf'])
+def test_numbers_that_could_not_work_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as e: gpu.arguments(['--out', 'home', *words.split()])
+    assert e.value.code == 2 and f'{words.split()[0]}: should be' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('words, said', [
+    ('--tier nope', 'nope: no such tier'), ('--tier ../x', "tier '../x'"),
+    ('--tier beyond', 'has no figure fn_throughput'), ('--out {file}/x', 'cannot be written')])
+def test_what_could_not_begin_is_one_line(in_clone, tmp_path, words, said):
+    (tmp_path/'file').write_text('')
+    words = words.format(file=tmp_path/'file').split()
+    with pytest.raises(SystemExit) as e:
+        gpu.main(['--tier', 'smoke', '--out', str(tmp_path/'home'), '--work', str(tmp_path/'work'), *words])
+    assert said in str(e.value) and str(e.value).startswith('gpu.py: ') and '\n' not in str(e.value)

@@ -308,10 +308,10 @@ def test_weights_of_the_first_seeds(tmp_path, monkeypatch):
     tier = read_tier('params/tiny.yaml')
     g, home = Graph(tier), 'figures/tiny/checkpoints/fn_tanh'
     mine = [f.removeprefix(home) for f in g.committed_files() if f.startswith(home)]
-    assert mine == ['/seed0/model.safetensors', '/seed1/done.json']
+    assert mine == ['/seed0/eval/probe.json', '/seed1/done.json']
     assert g.kept_results('fn_tanh', 0) == []
     assert g.kept_results('fn_tanh', 1) == ['runs/tiny/fn_tanh/seed1/eval/fn_energy.json']
-    for f in (*mine, '/seed0/eval/probe.json', '/seed1/eval/probe.json'):
+    for f in (*mine, '/seed0/model.safetensors', '/seed1/eval/probe.json'):
         (folder/(home+f)).parent.mkdir(parents=True, exist_ok=True)
         (folder/(home+f)).write_text('{}')
     for f in g.committed_baselines():
@@ -325,6 +325,14 @@ def test_weights_of_the_first_seeds(tmp_path, monkeypatch):
     assert committed.not_committed('fn_energy') is None
     (folder/home/'seed0/model.safetensors').unlink()
     assert committed.not_committed('fn_energy') == home+'/seed0/model.safetensors'
+
+
+def test_a_seed_in_settings_is_refused(tmp_path):
+    run = dict(recipe='params/train/fn_tiny_layernorm.yaml', settings={'run.name': 'x'})
+    for groups in (dict(settings={'run.seed': 5}), dict(runs=dict(fn_ln=run), figures={})):
+        changed(**groups)(clone(tree := tmp_path/str(len(groups))))
+        with pytest.raises(CliError, match='tiny.yaml: run fn_ln: run.(seed|name) in settings'):
+            read_tier(tree/'params/tiny.yaml')
 
 
 def test_committed_weights_are_evaluated_again(tmp_path):

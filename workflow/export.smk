@@ -2,6 +2,7 @@
 if G.evaluates:
     ruleorder: take > train
     rule take: # committed weights in place of a training
+        input: COMMITTED + "model.safetensors" # again where the weights are newer
         output: RUN + "/done.json"
         params: of=COMMITTED, run=RUN, y=lambda wc: G.taken(wc.run, wc.seed)
         message: "take {wildcards.run} seed {wildcards.seed}"
@@ -24,9 +25,9 @@ if G.evaluates:
 else:
     rule export_run:
         input: RUN + "/done.json", rules.evaluate.output, lambda wc: G.committed_results(wc.run, wc.seed)
-        output: [COMMITTED + f for f in ("model.safetensors", "config.yaml", "SHA256SUMS", "eval/probe.json")]
+        output: COMMITTED + "eval/probe.json" # alone: what is an output is removed first, and weights are kept where this fails
         params: run=RUN, to=COMMITTED, only=lambda wc: "--teacher" if G.all_runs[wc.run].get("export") == "teacher" else ""
-        shell: "{CLI} export {params.run} {params.to} {params.only}"
+        shell: "{CLI} export {params.run} {params.to} {params.only} && touch {output:q}"
     rule export_results: # of runs whose weights are not committed; done.json has their checksum
         input:
             RUN + "/done.json", rules.evaluate.output, lambda wc: G.committed_results(wc.run, wc.seed),

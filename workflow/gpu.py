@@ -52,7 +52,7 @@ from jepa_nb.optim import beta_at, lr_at, make_optimizer, optimizer_step
 from jepa_nb.packing import Planner
 from jepa_nb.recipes import load_config, make_config
 from jepa_nb.tasks import run_source
-from jepa_nb.tiers import as_overrides, read_tier, tier_file
+from jepa_nb.tiers import CliError, as_overrides, read_tier, tier_file
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ('speed', 'runs', 'throughput')
@@ -76,6 +76,10 @@ def arguments(words=None):
     p.add_argument('--work', type=Path, help='folder of the runs; default runs/<tier>')
     p.add_argument('--dry', action='store_true', help='toy sizes, tier smoke, one seed')
     a = p.parse_args(words)
+    for name in ('minutes', 'size', 'part'):
+        if not 0 < getattr(a, name) < float('inf'): p.error(f'--{name}: should be above 0, not {getattr(a, name):g}')
+    for name in ('seeds', 'jobs'):
+        if getattr(a, name) < 1: p.error(f'--{name}: should be 1 or more, not {getattr(a, name)}')
     if a.dry: a.tier, a.seeds, a.jobs = 'smoke', 1, 2
     a.out, a.data, a.work = a.out.resolve(), str(Path(a.data).resolve()), a.work and a.work.resolve()
     a.work = a.work or Path('runs')/(f'{a.tier}-dry' if a.dry else a.tier) # in the clone
@@ -377,11 +381,15 @@ def main(words=None):
     os.chdir(ROOT)
     os.environ.setdefault('JEPA_NB_CACHE', str(ROOT/'runs/.cache')) # as `make reproduce` has it
     os.environ['DATA'] = args.data
-    tier = read_tier(tier_file(args.tier))
+    try: tier = read_tier(tier_file(args.tier))
+    except CliError as e: sys.exit(f'gpu.py: {e}')
+    if 'fn_throughput' not in tier['figures'] and {'speed', 'throughput'} & set(args.only):
+        sys.exit(f'gpu.py: --tier {args.tier}: has no figure fn_throughput, which is timed; --only runs would do')
     tier.setdefault('ranks', RANKS)
     g, logs = Graph(tier, args.data), args.work/'logs'
-    logs.mkdir(parents=True, exist_ok=True)
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        for folder in (logs, args.out): folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: sys.exit(f'gpu.py: {e.filename}: cannot be written ({e.strerror}); another --out would do')
     report = open(args.out/'report.txt', 'w')
     def say(text):
         text = f'{time.monotonic()-args.begin:5.0f} s  {text}'
