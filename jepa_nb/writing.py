@@ -197,10 +197,10 @@ def _open_manifest(out, name, manifest, replace, say):
 class _OwnFolder:
     "A folder of shards while this process alone writes to it: its manifest, open and locked."
     def __init__(self, out, name, manifest, replace):
-        self.out, self.name, self.fd, told = out, name, None, set()
+        self.out, self.name, self.fd, printed = out, name, None, set()
         def say(text):
-            if text not in told: tqdm.write(text, file=sys.stderr)
-            told.add(text)
+            if text not in printed: tqdm.write(text, file=sys.stderr)
+            printed.add(text)
         with writing(out): out.mkdir(parents=True, exist_ok=True)
         while self.fd is None: self.fd = _open_manifest(out, name, manifest, replace, say)
         _remove_leftovers(out, name) # nobody else writes these shards now
