@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SYSTEM_ERRORS', 'REFUSALS', 'replace_option', 'skipped_option', 'split_option', 'PUBLIC', 'is_refusal',
            'refusal_text', 'drop_stdout', 'refuse_platform', 'Verbs', 'cli', 'train_command', 'move_aside',
-           'replay_command', 'doctor_command', 'figure_command', 'yaml_value', 'private_kernel', 'run_notebook',
-           'data_group', 'shards_command', 'print_shards', 'cifar10_command', 'scenes_command', 'public_set_command',
-           'digits_command', 'export_command', 'convert_command', 'reproduce_command', 'report_command',
-           'explain_option', 'main']
+           'replay_command', 'doctor_command', 'figure_command', 'replace_drawn', 'written_keys', 'yaml_value',
+           'private_kernel', 'run_notebook', 'data_group', 'shards_command', 'print_shards', 'cifar10_command',
+           'scenes_command', 'public_set_command', 'digits_command', 'export_command', 'convert_command',
+           'reproduce_command', 'report_command', 'explain_option', 'main']
 
 # %% ../nbs/76_cli.ipynb #4de8f962
 import errno
@@ -26,7 +26,7 @@ import click
 from jepa_nb.cli_eval import (
     depth_command, eval_command, measure_command, ranks_command, read_run_config, refuse, show_log,
 )
-from .files import DISK_ERRORS, writing
+from .files import DISK_ERRORS, read_json, writing
 from .launch import ASKS, die_with_parent, join_job_lock
 from .locks import fcntl
 
@@ -159,10 +159,34 @@ def figure_command(name, given, out, log):
     defaults = figure_parameters(notebook)
     values = {require_name(f'parameter of {name}', k, defaults): yaml_value(k, v) for k, v in given}
     for k, v in values.items(): check_parameter(name, k, v, defaults[k])
-    out = out or f'figures/own/{name}'
+    out = (out or f'figures/own/{name}').removesuffix('.png')
+    log = Path(log or f'{out}.ipynb')
+    replace_drawn(out, log)
     if 'out' in defaults: values['out'] = out
-    run_notebook(notebook, values, Path(log or f'{out}.ipynb'))
+    run_notebook(notebook, values, log)
     click.echo(f'{out}.png')
+
+def replace_drawn(
+    out:str,  # path of the figure's files, without suffix
+    log:Path, # the notebook as it ran
+):
+    "Raise CliError where files are there that no figure command wrote: they are not replaced."
+    if log.suffix != '.ipynb': refuse(f'--log {log}: give it a name that ends in .ipynb')
+    if log.is_file() and 'papermill' not in written_keys(log, 'metadata'):
+        refuse(f'{log} is there and is no notebook as it ran; give --log another name')
+    there = [p for end in ('png', 'csv', 'json') if (p := Path(f'{out}.{end}')).exists()]
+    if there and 'figure' not in written_keys(f'{out}.json'):
+        refuse(f'{there[0]} is there and is of no figure; give --out another name')
+
+def written_keys(
+    path:str|Path, # a file that may be no JSON
+    *names:str,    # of the object inside, from outside to inside; none: the whole file
+)->set:
+    "The keys of a JSON object in a file; none where there is no such file or object."
+    try: d = read_json(path)
+    except ValueError: return set()
+    for k in names: d = d.get(k) if isinstance(d, dict) else None
+    return set(d) if isinstance(d, dict) else set()
 
 def yaml_value(
     name:str, # of the parameter

@@ -112,6 +112,30 @@ def test_figure_refuses_unknown_parameter(stem, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('words, there, says', [
+    (['--out', 'figures/own/f.png', '--log', 'f.txt'], {}, '--log f.txt: give it a name that ends in .ipynb'),
+    (['--out', 'mine'], {'mine.csv': 'a,b'}, 'mine.csv is there and is of no figure; give --out another name'),
+    (['--out', 'mine'], {'mine.json': '[1'}, 'mine.json is there and is of no figure; give --out another name'),
+    (['--out', 'f', '--log', 'mine.ipynb'], {'mine.ipynb': '{"cells": [], "metadata": {}}'},
+     'mine.ipynb is there and is no notebook as it ran; give --log another name'),
+    (['--out', 'mine'], {'mine.ipynb': 'nothing'}, 'mine.ipynb is there and is no notebook as it ran')],
+    ids=['log', 'csv', 'json', 'notebook', 'beside'])
+def test_figure_replaces_no_file_of_others(words, there, says, tmp_path):
+    for name, text in there.items(): (tmp_path/name).write_text(text)
+    words = [w if w.startswith('--') else tmp_path/w for w in words]
+    r = jepa_nb('figure', 'fn_fig5_context_target', *words)
+    assert r.returncode == 1 and len(r.stderr.splitlines()) == 1, r.stderr
+    assert says in r.stderr.replace(f'{tmp_path}/', ''), r.stderr
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == there
+
+
+def test_figure_is_drawn_again_under_its_png_name(tmp_path):
+    for _ in range(2): # the second time, its own files are there
+        r = jepa_nb('figure', 'fn_fig5_context_target', '-p', 'images', 2, '--out', tmp_path/'f.png')
+        assert r.returncode == 0 and r.stdout.splitlines()[-1] == f'{tmp_path}/f.png', r.stderr
+        assert {p.name for p in tmp_path.iterdir()} == {'f.png', 'f.csv', 'f.json', 'f.ipynb'}
+
+
 def test_figure_without_checkpoint(tmp_path):
     r = jepa_nb('figure', 'fn_fig1_loss_distribution', '-p', 'ln', f'[{tmp_path}/nothing]', '-p', 'dyntanh',
                 f'[{tmp_path}/nothing]', '--out', tmp_path/'f')
