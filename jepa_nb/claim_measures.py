@@ -98,14 +98,14 @@ def log_spread_ratio(t:Tables, name:str)->dict[int,float]:
 SCENES = 'test images with object masks, as rendered scenes have (minutes of a CPU core)'
 
 def auroc_gain(name:str)->Callable:
-    "AUROC of the energy against object masks, minus the larger of chance and the untrained network's AUROC."
+    "AUROC of the energy against object masks, minus the larger of chance and the AUROC before training, by seed."
     def values(t):
         if not any(is_cell(r.get('metric'), 'auroc') for r in t['fn_energy']):
             raise NotTestable('the images have no object masks to compare with',
                               SCENES)
         aurocs = energy_at_end(t, name, 'auroc', BEFORE)
-        chance = max(.5, *energy_at_end(t, 'random init', 'auroc', BEFORE).values())
-        return {k:v-chance for k, v in aurocs.items()}
+        starts = energy_at_end(t, 'random init', 'auroc', BEFORE)
+        return {k:v-max(.5, starts[k]) for k, v in aurocs.items() if k in starts}
     return values
 
 def objects_loss(name:str)->Callable:

@@ -88,8 +88,8 @@ def losses_and_energies(e):
     t['fn_energy'] += [dict(features=n, seed=k, depth=2, where='before', metric=m, value=v) for n, k in runs
                        for m, v in at_end(k).items()]
     t['fn_energy'] += [dict(features=n, seed=k, depth=1, where='before', metric='auroc', value=.1) for n, k in runs]
-    t['fn_energy'] += [dict(features='random init', seed=0, depth=d, where='before', metric='auroc', value=.6)
-                       for d in (1, 2)]
+    t['fn_energy'] += [dict(features='random init', seed=k, depth=d, where='before', metric='auroc', value=.6)
+                       for d in (1, 2) for k in {k for _, k in runs}]
     return t
 
 
@@ -411,6 +411,19 @@ def test_errors_of_one_shape_and_two_scales_are_no_longer_tail(tmp_path):
     row = judged(write(tmp_path/'t', t))[4]
     low = float(re.search(r'of the loss, DynTanh − LayerNorm: \+[\d.]+ \[\+([\d.]+)', row['beside'])[1])
     assert row['verdict'] == 'absent' and low > .05, 'by the loss the claim would hold'
+
+
+def test_every_seed_has_its_own_untrained_network(tmp_path):
+    found = []
+    for starts in ({0: .5, 1: .6, 2: .7}, {0: .7, 1: .6, 2: .5}, {0: .3, 1: .3, 2: .3}, {0: .6}):
+        t = tier()
+        t['fn_energy'] = [r | (dict(value=starts.get(r['seed'])) if r['features'] == 'random init' else {})
+                          for r in t['fn_energy']]
+        found.append(judged(write(tmp_path/'t', t))[2])
+    one, other, below, single = found
+    assert one['parts'] != other['parts'] and abs(float(one['ours'])-float(other['ours'])) < 1e-9
+    assert float(below['ours']) > float(one['ours']) # not below chance
+    assert single['seeds'] == 1 and single['verdict'] != 'holds'
 
 
 def test_readings_that_differ_contradict(tmp_path):
