@@ -213,7 +213,7 @@ def _not_registered(tables:Tables, c:Contrast, what:str)->list[str]:
     "A sentence on a contrast that was looked at afterwards; none where it cannot be computed."
     try: e = estimate(comparison(c), tables)
     except NotTestable: return []
-    return [f'Not registered, {what} at this scale. {OUTCOMES[c.outcome][0]}, {c.name}: {_in_words(e)} (95 %).']
+    return [f'Not registered, {what} at this scale: {OUTCOMES[c.outcome][0]}, {c.name}: {_in_words(e)} (95 %).']
 
 def norm_answer(
     rows:list[dict], # of the table
