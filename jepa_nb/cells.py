@@ -239,14 +239,16 @@ def draw_cells(
     levels,        # names of the levels, along the axis
     outcome:str,   # column of the table
     title:str='',  # of the axes
+    colors=(),     # name -> color; names without one get the next of `TONES`
 ):
     "Draw the means of cells over a factor as lines, and runs as dots."
     is_empty = True
     for k, (name, row) in enumerate(lines.items()):
         shift = .06*(k-(len(lines)-1)/2)
         found = [(i+shift, v) for i, c in enumerate(row) if (v := cell_values(table, c, outcome))]
-        for i, v in found: ax.plot([i]*len(v), v, '.', color=TONES[k], ms=4, alpha=.5, mew=0)
-        ax.plot([i for i, _ in found], [np.mean(v) for _, v in found], 'o-', color=TONES[k], ms=4, lw=1, label=name)
+        tone = colors[name] if name in colors else TONES[k]
+        for i, v in found: ax.plot([i]*len(v), v, '.', color=tone, ms=4, alpha=.5, mew=0)
+        ax.plot([i for i, _ in found], [np.mean(v) for _, v in found], 'o-', color=tone, ms=4, lw=1, label=name)
         is_empty &= not found
     ax.set(xticks=range(len(levels)), xlim=(-.4, len(levels)-.6), title=textwrap.fill(title, TITLE_CHARS))
     ax.set_xticklabels(levels, fontsize=7.5)

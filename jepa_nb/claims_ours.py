@@ -243,7 +243,8 @@ def norm_answer(
         sides = [f"{', '.join(names)}: {side}" for side, names in sides.items()]
         if sides: decided.append(f"{title.split(' (')[0]} ({'; '.join(sides)})")
         found.append(f"{title[0].upper()+title[1:]}. {'; '.join(said)}.")
-    lie = f"these lie on one side of 0: {', '.join(decided)}; every other is" if decided else 'each is'
+    lie = 'these lie on one side of 0 and reach beyond what is too small to be of interest'
+    lie = f"{lie}: {', '.join(decided)}; every other is" if decided else 'each is'
     return [f'In short, of {count} intervals of 95 %, not corrected for their number, {lie} not decided, or smaller '
             'than is of interest.', *found, *_not_registered(tables, norm_at_one(), "FN's own comparison")]
 

@@ -247,9 +247,12 @@ def print_probe(
     out,    # where it is; None: nowhere
 ):
     "Print a probe in a line."
-    chosen = 'chosen on held-out training images' if r['val_acc'] else f"after {r['epochs']} epochs"
-    click.echo(f"{r['run']} seed {r['seed']}: {r['acc_chosen']:.1%} at depth {r['chosen_depth']}, {chosen}; "
-               f"best on test {r['acc_best_on_test']:.1%}; k-NN {r['knn_chosen']:.1%}" + (f"; {out}" if out else ''))
+    chosen = ', chosen on held-out training images' if r['val_acc'] else f", after {r['epochs']} epochs"
+    best = f"best on test {r['acc_best_on_test']:.1%}; "
+    if len(r['depths']) == 1 and r['val_acc']: chosen = best = '' # there was nothing to choose
+    click.echo(f"{r['run']} seed {r['seed']}: linear probe {r['acc_chosen']:.1%} at depth {r['chosen_depth']}{chosen}; "
+               f"{best}k-NN {r['knn_chosen']:.1%}; {r['n_test']:,} test images of {r['classes']} classes"
+               + (f"; {out}" if out else ''))
 
 # %% ../nbs/75_cli_eval.ipynb #b39872c4
 @click.command('depth')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMITTED', 'LEARNS_NOTHING', 'PROVENANCE', 'table_rows', 'table_csv', 'tier_of', 'run_scale', 'scale_line',
-           'write_scale', 'written_scale', 'say_scale', 'same_numbers', 'same_picture', 'is_stale', 'save_figure',
-           'cached_sha256', 'weights_state', 'stale_reasons', 'stale_figures', 'read_figure']
+           'write_scale', 'written_scale', 'say_scale', 'say_first_look', 'same_numbers', 'same_picture', 'is_stale',
+           'save_figure', 'cached_sha256', 'weights_state', 'stale_reasons', 'stale_figures', 'read_figure']
 
 # %% ../nbs/06_figure_files.ipynb #f3f60bba
 import csv
@@ -180,6 +180,16 @@ def say_scale(
     if not runs and images:
         data = 'rendered images' if 'scenes' in images else f'images of {Path(images).parent.name or images}'
     return write_scale(fig, scale_line(tier, runs, data), not out or tier not in COMMITTED)
+
+def say_first_look(
+    out,         # the notebook's: None where nothing is saved
+    images:int,  # measured
+    name:str,    # of their source
+):
+    "Print, where nothing is saved, that numbers of a few images are no verdict of a tier."
+    if out is None: print(f'A first look, at {images} images of {name}. The verdicts of the committed tiers, on more '
+                          'of their own images, are in RESULTS.md.\n')
+
 
 # %% ../nbs/06_figure_files.ipynb #5ca1e006
 PROVENANCE = ('commit', 'versions', 'machine', 'seconds', 'sha256') # may differ though the numbers are the same

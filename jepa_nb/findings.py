@@ -168,10 +168,11 @@ def probe_findings(
             untrained = untrained_scores(folder, run, measure, ours)
             pixels = read_scores(folder/'baselines'/'pixels.json', measure)
             baselines = {'same network untrained':untrained}
-            if pair == 'FN' and pixels and all(a.data == pixels.data for a in ours.values()): # on the same images
+            notes = [] if untrained else ['its untrained network was not evaluated']
+            if pixels and all(a.data == pixels.data for a in ours.values()):
                 baselines['raw pixels'] = [pixels]*len(ours)
-            note = '' if untrained else 'its untrained network was not evaluated'
-            out.append(compare_with_baselines((tier, pair, name, measure), ours, baselines, note))
+            elif pixels: notes.append('raw pixels were probed on other images')
+            out.append(compare_with_baselines((tier, pair, name, measure), ours, baselines, '; '.join(notes)))
     return [f for f in out if f]
 
 def depth_findings(

@@ -261,10 +261,10 @@ def claims_at(
     tables:Tables,   # of one tier
     claims=CLAIMS,   # which claims there are
 )->list[Claim]:
-    "The claims that a tier is about: ours where their table is there, the papers' unless all tables are of ours."
-    ours = {c.figure for c in claims if c.paper == 'ours'}
-    is_ours_alone = bool(tables) and set(tables) <= ours
-    return [c for c in claims if (c.figure in tables if c.paper == 'ours' else not is_ours_alone)]
+    """The claims that a tier is about: ours where their table is there; all the papers' where one of their tables is,
+    or no table at all."""
+    of_papers = not tables or any(c.figure in tables for c in claims if c.paper != 'ours')
+    return [c for c in claims if (c.figure in tables if c.paper == 'ours' else of_papers)]
 
 def ledger(
     folder:str|Path,    # figures/<tier>

@@ -105,6 +105,13 @@ class Standing(NamedTuple):
     changed:str                # how the committed ledger differs; '' where it does not
     excluded:str=''            # that the published effect is excluded
 
+    @property
+    def share(self)->str: # e.g. '1 of 2 comparisons'; '' without a verdict, and where all were judged
+        "How many of its comparisons a verdict rests on."
+        done = sum(p.verdict not in ('', UNTESTED) for p in self.parts)
+        is_partial = self.verdict not in ('', UNTESTED) and 0 < done < len(self.parts)
+        return f'{done} of {len(self.parts)} comparisons' if is_partial else ''
+
 def number_text(v:float|None, ratio:bool=False)->str:
     "A number as the ledger shows it."
     if v is None: return '–'
@@ -189,7 +196,7 @@ def ledger_pages(
     tiers:list[str], # in the order of the pages
     notes:Notes,     # gets a line for every file that cannot be read
 )->list[dict]:       # of `claim_page`, one per claim
-    "Judge every claim at every tier."
+    "Judge every claim at every tier that is about one; other tiers are left out."
     tables, ledgers = {}, {}
     for t in tiers:
         files = [p for p in sorted((root/'figures'/t).glob('*.csv')) if p.stem != 'claims']
@@ -200,6 +207,7 @@ def ledger_pages(
     def standing(c, t):
         if c.number not in asked[t]: return not_asked(c, t)
         return claim_standing(c, t, tables[t], root/'figures'/t, ledgers[t], notes)
+    tiers = [t for t in tiers if asked[t]]
     there = [c for c in CLAIMS if any(c.number in a for a in asked.values()) or c.paper != 'ours']
     return [claim_page(c, [standing(c, t) for t in tiers]) for c in there]
 

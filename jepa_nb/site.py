@@ -26,7 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .files import WriteError, repo_root, writing
-from .findings import finding_lines
+from .findings import finding_lines, findings
 from .locks import file_lock
 from jepa_nb.report import (
     REPORTED_TIERS, Notes, ReportError, figures_origin, ledger_pages, read_figure_at_tier, tiers_of,
@@ -170,8 +170,10 @@ def ledger_paragraph(claims:list[dict], tiers:list[str])->str:
     claims = [c for c in claims if c['paper'] != 'ours']
     tiers = [t for t in tiers if any(s.tier == t and s.verdict for c in claims for s in c['tiers'])]
     def with_verdict(word):
-        tiers_of_claim = [(c, [s.tier for s in c['tiers'] if s.verdict == word]) for c in claims]
-        return [f"“{c['claim']}” ({enumerate_names(ts)})" for c, ts in tiers_of_claim if ts]
+        where = lambda s: f'{s.tier}, {s.share}' if s.share else s.tier
+        tiers_of_claim = [(c, [where(s) for s in c['tiers'] if s.verdict == word]) for c in claims]
+        return [f"“{c['claim']}” ({'; '.join(ts) if any(', ' in t for t in ts) else enumerate_names(ts)})"
+                for c, ts in tiers_of_claim if ts]
     out = [f'Of {len(claims)} claims, judged at tier{"s"*(len(tiers) > 1)} {enumerate_names(tiers)}:']
     for word, plural in (('holds', 'hold'), ('fails', 'fail'), ('absent', 'are absent')):
         names = with_verdict(word)
@@ -182,8 +184,9 @@ def ledger_paragraph(claims:list[dict], tiers:list[str])->str:
     count = lambda word, which: sum(which(s.verdict == word for s in c['tiers'] if s.verdict) for c in claims)
     excluded = sum(any(s.excluded for s in c['tiers']) for c in claims)
     out.append(f'{count("inconclusive", any)} are inconclusive and {count("contradictory", any)} contradictory at some '
-               f'tier; of {excluded} the published effect is excluded at some tier. {count(UNTESTED, all)} could not '
-               'be tested at any: the runs are too small, too few, or miss what the rule asks for.')
+               f'tier; for {excluded} of the claims the published effect is excluded at some tier. '
+               f'{count(UNTESTED, all)} could not be tested at any: the runs are too small, too few, or '
+               'miss what the rule asks for.')
     return ' '.join(out)
 
 def tier_findings(
@@ -191,8 +194,8 @@ def tier_findings(
     root:Path,   # of the repository
     notes:Notes, # gets a line where its evaluations cannot be read
 )->list[str]:
-    "The findings of a tier as sentences; one line and a note where its evaluations cannot be read."
-    try: return finding_lines(tier, root)
+    "The findings of a tier as sentences, none where no pair ran; one line and a note where they cannot be read."
+    try: return finding_lines(tier, root) if findings(tier, root) else []
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         notes.add(root/'figures'/tier, f'findings cannot be computed ({type(e).__name__}: {e})')
         return ['The evaluations of this tier could not be read.']
@@ -273,7 +276,8 @@ def write_figure(
     every = [read_figure_at_tier(root, t, stem, notes) for t in tiers]
     drawn = [f for f in every if f.files]
     page = env.get_template('figure.md').render(
-        stem=stem, title=title, caption=Markup(caption), every=every, drawn=drawn, tiers=[dict(name=t) for t in tiers],
+        stem=stem, title=title, caption=Markup(caption), every=every, drawn=drawn,
+        source=committed_notebook(root, stem).relative_to(root).as_posix(),
         lines=notes.about(f'figures/{stem}.ipynb'), claims=[c for c in claims if c['figure'] == stem],
         published=published_tables(root, stem, notes))
     write(src/'results'/f'{stem}.md', page)
@@ -370,8 +374,8 @@ def tier_summary(
 )->dict:
     "What the first page shows of a tier: findings, and counts of verdicts."
     counts = Counter(s.verdict for c in claims for s in c['tiers'] if s.tier == tier)
-    findings = split_findings(tier_findings(tier, root, notes))
-    return dict(name=tier, origin=figures_origin(root, tier), counts=counts, **findings)
+    lines = split_findings(tier_findings(tier, root, notes))
+    return dict(name=tier, origin=figures_origin(root, tier), counts=counts, **lines)
 
 def write_pages(
     root:Path,           # of the repository
@@ -389,7 +393,7 @@ def write_pages(
     changed = [f'At tier {s.tier}, claim {c["number"]} is now computed as {s.verdict}. {s.changed}'
                for c in claims for s in c['tiers'] if s.changed]
     page = lambda template, **data: env.get_template(template).render(claims=claims, tiers=summaries, **data)
-    write(src/'index.md', page('index.md', paragraph=ledger_paragraph(claims, tiers), hero=hero,
+    write(src/'index.md', page('index.md', paragraph=ledger_paragraph(claims, tiers), hero=hero, figures=figures,
                                drawn_here='quick' in tiers, lines=[*notes, *changed]))
     write(src/'claims.md', page('claims.md', lines=[*notes.about('.csv'), *changed]))
     write(src/'results'/'index.md', page('results.md', figures=figures, lines=[]))
