@@ -258,7 +258,7 @@ def test_pages_show_text_as_text(tmp_path):
                      stale=(odd,), provenance=((odd, odd),), lines=(odd,),
                      weights=(dict(path=odd, hash=odd, state=odd),))
     page = templates(ROOT).get_template('figure.md').render(
-        stem='x', title='T', caption='C', every=[f], drawn=[f], tiers=[dict(name='small')], lines=[odd], claims=[],
+        stem='x', title='T', caption='C', every=[f], drawn=[f], source='nbs/figures/x.ipynb', lines=[odd], claims=[],
         published=[])
     assert '<script>alert' not in page and '<img src=x' not in page and page.count('&lt;script&gt;') > 8
     fences = [line for line in page.splitlines() if line.startswith('`')]

@@ -64,7 +64,15 @@ def test_the_better_baseline_and_an_interval(tree):
     # 40 of 400 images differ, all one way
     assert f.verdict == 'above' and 0 < f.low < f.gain < f.high and f.low == pytest.approx(10-1.96*30/N**.5, abs=.5)
     assert f.n_test == N and f.seeds == 1 and f.tier == 'quick' and f.pair == 'FN'
-    assert by(tree, 'linear probe', 'EC-IJEPA').baseline == 'same network untrained' # EC's pair: never raw pixels
+    assert by(tree, 'linear probe', 'EC-IJEPA').baseline == 'raw pixels' # of both pairs
+
+
+def test_pixels_of_other_images_are_no_baseline(tree):
+    ec = tree/'runs/quick/ec_ec/seed0/eval/probe.json'
+    ec.write_text(ec.read_text().replace(json.loads(ec.read_text())['data'], 'others/test-*.tar'))
+    f = by(tree, 'linear probe', 'EC-IJEPA')
+    assert f.baseline == 'same network untrained' and f.note == 'raw pixels were probed on other images'
+    assert by(tree, 'linear probe', 'LayerNorm').note == ''
 
 
 def test_an_interval_with_0_is_said_so(tree):
@@ -77,7 +85,7 @@ def test_an_interval_with_0_is_said_so(tree):
                and 'above raw pixels (40.0 %; 400 test images, 1 seed)' in line for line in said), said
     assert any(line.startswith('LayerNorm: k-NN does not gain: 20.0 %, -25.0 points [-')
                and 'against raw pixels' in line for line in said), said
-    assert any('EC-IJEPA: linear probe 30.0 % is below the same network untrained: -5.0 points [' in line
+    assert any('EC-IJEPA: linear probe 30.0 % is below raw pixels: -10.0 points [' in line
                for line in said), said
 
 
