@@ -512,7 +512,7 @@ def check_report(data, folder):
         f = report.read_figure_at_tier(folder, 'small', 'x', report.Notes(folder))
     stale_figures(tier, folder)
     page = site.templates(ROOT).get_template('figure.md').render(
-        stem='x', title='T', caption='C', every=[f], drawn=[f], tiers=[dict(name='small')], lines=f.lines, claims=[],
+        stem='x', title='T', caption='C', every=[f], drawn=[f], source='nbs/figures/x.ipynb', lines=f.lines, claims=[],
         published=[])
     site.write(folder/'x.md', page)
     fences = {line for line in page.splitlines() if line.startswith('`')}
