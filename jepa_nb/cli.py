@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SYSTEM_ERRORS', 'REFUSALS', 'replace_option', 'skipped_option', 'split_option', 'PUBLIC', 'is_refusal',
            'refusal_text', 'drop_stdout', 'refuse_platform', 'Verbs', 'cli', 'train_command', 'move_aside',
-           'replay_command', 'doctor_command', 'figure_command', 'replace_drawn', 'written_keys', 'yaml_value',
-           'private_kernel', 'run_notebook', 'data_group', 'shards_command', 'print_shards', 'cifar10_command',
-           'scenes_command', 'public_set_command', 'digits_command', 'export_command', 'convert_command',
-           'reproduce_command', 'report_command', 'explain_option', 'main']
+           'replay_command', 'doctor_command', 'figure_command', 'replace_drawn', 'yaml_value', 'private_kernel',
+           'run_notebook', 'data_group', 'shards_command', 'print_shards', 'cifar10_command', 'scenes_command',
+           'public_set_command', 'digits_command', 'export_command', 'convert_command', 'reproduce_command',
+           'report_command', 'explain_option', 'main']
 
 # %% ../nbs/76_cli.ipynb #4de8f962
 import errno
@@ -172,21 +172,13 @@ def replace_drawn(
 ):
     "Raise CliError where files are there that no figure command wrote: they are not replaced."
     if log.suffix != '.ipynb': refuse(f'--log {log}: give it a name that ends in .ipynb')
-    if log.is_file() and 'papermill' not in written_keys(log, 'metadata'):
+    text = log.read_text(errors='replace') if log.is_file() else ''
+    if text and '"papermill"' not in text: # one that was killed while it was written has it too, or is empty
         refuse(f'{log} is there and is no notebook as it ran; give --log another name')
     there = [p for end in ('png', 'csv', 'json') if (p := Path(f'{out}.{end}')).exists()]
-    if there and 'figure' not in written_keys(f'{out}.json'):
-        refuse(f'{there[0]} is there and is of no figure; give --out another name')
-
-def written_keys(
-    path:str|Path, # a file that may be no JSON
-    *names:str,    # of the object inside, from outside to inside; none: the whole file
-)->set:
-    "The keys of a JSON object in a file; none where there is no such file or object."
-    try: d = read_json(path)
-    except ValueError: return set()
-    for k in names: d = d.get(k) if isinstance(d, dict) else None
-    return set(d) if isinstance(d, dict) else set()
+    try: is_figure = 'figure' in read_json(f'{out}.json')
+    except ValueError: is_figure = False
+    if there and not is_figure: refuse(f'{there[0]} is there and is of no figure; give --out another name')
 
 def yaml_value(
     name:str, # of the parameter

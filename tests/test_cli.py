@@ -130,7 +130,8 @@ def test_figure_replaces_no_file_of_others(words, there, says, tmp_path):
 
 
 def test_figure_is_drawn_again_under_its_png_name(tmp_path):
-    for _ in range(2): # the second time, its own files are there
+    for whole in (True, False): # the second time its own files are there, its log cut short by a kill
+        if not whole: (tmp_path/'f.ipynb').write_text((tmp_path/'f.ipynb').read_text()[:4000])
         r = jepa_nb('figure', 'fn_fig5_context_target', '-p', 'images', 2, '--out', tmp_path/'f.png')
         assert r.returncode == 0 and r.stdout.splitlines()[-1] == f'{tmp_path}/f.png', r.stderr
         assert {p.name for p in tmp_path.iterdir()} == {'f.png', 'f.csv', 'f.json', 'f.ipynb'}
